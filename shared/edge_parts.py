@@ -1,0 +1,144 @@
+"""The edge parts: the public files an edge needs, and the manifest that names them.
+
+`build` writes them from a checkpoint: `edge.safetensors` (embeddings, final norm, and the head where
+it is not tied, in their stored dtype) beside the allowlisted config and tokenizer files. The same
+checkpoint always gives the same bytes. `check_manifest` is the other side's first look at a
+manifest from a cloud it does not trust.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.cache import cache_folder, file_sha256, make_folder, progress_bar, slug
+from shared.checkpoint import EDGE_FILES, MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Checkpoint, ModelError
+from shared.merkle import tensor_digests
+from shared.tensor_file import Header, TensorFileError, TensorInfo, copy_tensors, pieces, read_header
+
+TENSORS_FILE = "edge.safetensors"
+# Embeddings and head of the largest public vocabulary (262k x 8192), float32: 17 GB.
+MAX_TENSORS_BYTES = 32 * 1024**3
+LAYOUT_VERSION = 1
+
+
+class EdgePartsError(ValueError):
+    """Edge parts, or a manifest of them, that are not what an edge may accept."""
+
+
+@dataclass(frozen=True)
+class EdgePart:
+    """One file: its name, size in bytes and SHA-256. ``path`` is None where the file is elsewhere."""
+
+    name: str
+    path: Path | None
+    size: int
+    sha256: bytes
+
+
+def size_limit(name: str) -> int:
+    """Return the most bytes that the part ``name`` may have."""
+    if name == TENSORS_FILE:
+        return MAX_TENSORS_BYTES
+    return MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_CONFIG_BYTES
+
+
+def check_manifest(manifest: Sequence[EdgePart]) -> None:
+    """Refuse a manifest with unknown, repeated, missing or oversized parts.
+
+    Names are compared with a fixed list, so none can lead out of the folder they are kept in.
+
+    Raises
+    ------
+    EdgePartsError
+        Saying what is wrong.
+    """
+    names = [part.name for part in manifest]
+    known = (TENSORS_FILE, *EDGE_FILES)
+    if unknown := [name for name in names if name not in known]:
+        raise EdgePartsError(f"unknown edge part {unknown[0][:80]!r}; known: {', '.join(known)}")
+    if len(set(names)) != len(names):
+        raise EdgePartsError("an edge part is named twice")
+    if missing := [name for name in (TENSORS_FILE, "config.json") if name not in names]:
+        raise EdgePartsError(f"edge part {missing[0]} is missing")
+    for part in manifest:
+        if not 0 < part.size <= size_limit(part.name):
+            raise EdgePartsError(
+                f"edge part {part.name} has {part.size} bytes; expected 1 to {size_limit(part.name)}"
+            )
+        if len(part.sha256) != 32:
+            raise EdgePartsError(f"edge part {part.name}: sha256 must be 32 bytes, got {len(part.sha256)}")
+
+
+def check_tensors_file(path: Path, *, vocab_size: int, hidden_size: int, tied_head: bool) -> Header:
+    """Check the header of an `edge.safetensors` against the sizes of config.json; read no tensor.
+
+    Raises
+    ------
+    EdgePartsError
+        If tensors are missing, unknown, of another shape or not floating point.
+    """
+    expected = {"embed_tokens.weight": (vocab_size, hidden_size), "norm.weight": (hidden_size,)}
+    if not tied_head:
+        expected["lm_head.weight"] = (vocab_size, hidden_size)
+    try:
+        header = read_header(path, max_header_bytes=1 << 16)
+    except TensorFileError as error:
+        raise EdgePartsError(str(error)) from None
+    if header.tensors.keys() != expected.keys():
+        raise EdgePartsError(f"{path} must hold exactly {', '.join(sorted(expected))}")
+    for name, info in header.tensors.items():
+        if info.dtype not in ("F32", "F16", "BF16", "F64") or info.shape != expected[name]:
+            raise EdgePartsError(f"{path}: {name} is {info.dtype} {info.shape}, expected {expected[name]}")
+    return header
+
+
+def build(checkpoint: Checkpoint, cache_dir: Path | None = None, *, progress: bool = False) -> list[EdgePart]:
+    """Write the edge parts of ``checkpoint`` into the cache, once, and return their manifest.
+
+    The config and tokenizer files are copied too, so that what was digested is what is served.
+
+    Raises
+    ------
+    ModelError
+        If config.json ties head and embeddings which the checkpoint stores with different values,
+        or a file is too large.
+    """
+    tensors = {local: checkpoint.tensors[name] for local, name in checkpoint.edge_tensors().items()}
+    head = checkpoint.tensors.get(checkpoint.head_name())
+    if checkpoint.geometry.tied_head and head is not None and not _same(head, tensors["embed_tokens.weight"]):
+        raise ModelError(
+            f"{checkpoint.folder}: config.json ties the head to the embeddings, but lm_head.weight has other "
+            'values. Set "tie_word_embeddings": false in config.json if the head is meant'
+        )
+    files = {path.name: path for path in checkpoint.tokenizer_files()}
+    for name, path in files.items():
+        if not 0 < path.stat().st_size <= size_limit(name):
+            raise ModelError(f"{path} has {path.stat().st_size} bytes; expected 1 to {size_limit(name)}")
+    content = {name: digest.hex() for name, digest in tensor_digests(tensors, cache_dir).items()}
+    content |= {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    key = hashlib.sha256(json.dumps([LAYOUT_VERSION, content], sort_keys=True).encode()).hexdigest()[:32]
+
+    def fill(draft: Path) -> None:
+        for name, path in files.items():
+            shutil.copyfile(path, draft / name)
+        total = sum(info.size for info in tensors.values())
+        with (
+            progress_bar(f"Writing the edge parts of {checkpoint.id}", total, progress) as advance,
+            (draft / TENSORS_FILE).open("wb") as file,
+        ):
+            copy_tensors(file, tensors, advance)
+
+    folder = make_folder(cache_folder(cache_dir) / "served" / f"{slug(checkpoint.id)}-{key}", fill)
+    paths = [folder / name for name in (*EDGE_FILES, TENSORS_FILE) if (folder / name).is_file()]
+    manifest = [EdgePart(p.name, p, p.stat().st_size, file_sha256(p, cache_dir)) for p in paths]
+    check_manifest(manifest)
+    return manifest
+
+
+def _same(one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(pieces(one), pieces(other), strict=True))

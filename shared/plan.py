@@ -1,0 +1,167 @@
+"""The plan: one frozen value that describes how a model is split.
+
+A plan says which decoder layers exchange codes, which get a residual, on which projections, at what
+ranks and in which layout. It is part of every fingerprint, so two sides with equal fingerprints
+agree on all of it. Knows nothing about tensors, sessions or the wire's element type.
+"""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Target = Literal["q", "k", "v"]
+Layout = Literal["per_projection", "fused"]
+Schedule = Literal["per_layer", "subset", "grouped"]
+Initialiser = Literal["gaussian", "orthonormal", "svd"]
+
+TARGET_ORDER: tuple[Target, ...] = ("q", "k", "v")
+MAX_PLAN_BYTES = 64 * 1024  # a plan is a few hundred bytes; more is not a plan
+
+Layers = tuple[Annotated[int, Field(ge=0, lt=4096)], ...]
+Rank = Annotated[int, Field(ge=1, le=8192)]
+
+
+class PlanError(ValueError):
+    """A plan that is malformed or contradicts itself."""
+
+
+class Plan(BaseModel):
+    """The frozen description of a split (arXiv 2311.14030, section 3).
+
+    Shapes that follow from it, with ``G = groups`` and ``d_out`` summed over the targets:
+    ``A (hidden_size, G * r_c2d)``, ``M (G, r_c2d, r_d2c)``, ``B (r_d2c, d_out)``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_max_length=256)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Name a cloud offers it under")
+    backbone: str = Field(min_length=1, description="Id of the model whose decoder layers are the backbone")
+    num_layers: int = Field(ge=1, le=4096, description="Decoder layers of the whole model (count)")
+    hidden_size: int = Field(ge=1, le=1 << 20, description="Width of hidden states (elements)")
+    head_layers: int = Field(default=0, ge=0, description="First decoder layers that live on the edge (count)")
+    tail_layers: int = Field(default=0, ge=0, description="Last decoder layers that live on the edge (count)")
+    exchange_layers: Layers = Field(description="Layers where codes are emitted (indices)")
+    adapted_layers: Layers = Field(description="Layers that get a residual (indices)")
+    targets: tuple[Target, ...] = Field(default=TARGET_ORDER, min_length=1, description="Adapted projections")
+    r_c2d: Rank = Field(description="Width of one group of codes, cloud to edge (elements)")
+    r_d2c: Rank = Field(description="Width of one group of residual codes, edge to cloud (elements)")
+    layout: Layout = Field(description="One A-M-B per projection (the paper's), or one for the stacked q|k|v")
+    schedule: Schedule = Field(description="How exchanges are spread over the layers")
+    initialiser: Initialiser = Field(description="How A and B were made")
+    scale: float = Field(default=1.0, gt=0, le=1e3, description="Factor on the residual (1 in the paper)")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Plan":
+        cloud = range(self.head_layers, self.num_layers - self.tail_layers)
+        if not cloud:
+            raise ValueError("head_layers + tail_layers leave no layer to the cloud")
+        for field in ("exchange_layers", "adapted_layers"):
+            layers = getattr(self, field)
+            if list(layers) != sorted(set(layers)):
+                raise ValueError(f"{field} must be strictly increasing, got {layers}")
+            if layers and (layers[0] not in cloud or layers[-1] not in cloud):
+                raise ValueError(f"{field} must lie in the cloud's layers {cloud.start}..{cloud.stop - 1}")
+        if self.targets != tuple(t for t in TARGET_ORDER if t in self.targets):
+            raise ValueError(f"targets must be unique and in the order q, k, v, got {self.targets}")
+        if self.adapted_layers and not self.exchange_layers:
+            raise ValueError("adapted layers need at least one exchange layer to take codes from")
+        if self.exchange_layers and (
+            not self.adapted_layers or self.adapted_layers[0] < self.exchange_layers[0]
+        ):
+            raise ValueError("the first adapted layer must not come before the first exchange layer")
+        unused = set(self.exchange_layers) - {self.source_of(layer) for layer in self.adapted_layers}
+        if unused:
+            raise ValueError(f"exchange layers {sorted(unused)} feed no adapted layer")
+        if self.schedule == "per_layer" and not (
+            self.exchange_layers == self.adapted_layers == tuple(cloud)
+        ):
+            raise ValueError("schedule per_layer exchanges and adapts every layer of the cloud")
+        if self.schedule == "subset" and self.exchange_layers != self.adapted_layers:
+            raise ValueError("schedule subset adapts exactly the exchanging layers")
+        return self
+
+    @property
+    def groups(self) -> int:
+        """Independent A-M-B products per layer."""
+        return len(self.targets) if self.layout == "per_projection" else 1
+
+    @property
+    def codes_width(self) -> int:
+        """Elements of one position's codes at one exchange."""
+        return self.groups * self.r_c2d
+
+    @property
+    def residual_width(self) -> int:
+        """Elements of one position's residual codes for one layer."""
+        return self.groups * self.r_d2c
+
+    @property
+    def cloud_layers(self) -> range:
+        """The decoder layers that the cloud runs."""
+        return range(self.head_layers, self.num_layers - self.tail_layers)
+
+    def source_of(self, layer: int) -> int:
+        """Return the exchange layer whose codes feed adapted layer ``layer``."""
+        return max(e for e in self.exchange_layers if e <= layer)
+
+    def fed_by(self, exchange: int) -> tuple[int, ...]:
+        """Return the adapted layers that the codes of layer ``exchange`` feed."""
+        return tuple(layer for layer in self.adapted_layers if self.source_of(layer) == exchange)
+
+    def canonical_json(self) -> str:
+        """Return the one JSON text that is hashed and sent: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """Read a plan from JSON.
+
+        Raises
+        ------
+        PlanError
+            If the text is not a plan, or its plan contradicts itself.
+        """
+        if len(text) > MAX_PLAN_BYTES:
+            raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes of JSON, got {len(text)}")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "plan"
+            raise PlanError(f"not a plan: {where}: {first['msg']}") from None
+
+    @classmethod
+    def subset(
+        cls,
+        layers: tuple[int, ...] | None = None,
+        *,
+        name: str,
+        backbone: str,
+        num_layers: int,
+        hidden_size: int,
+        rank: int = 64,
+        r_c2d: int | None = None,
+        r_d2c: int | None = None,
+        layout: Layout = "per_projection",
+        initialiser: Initialiser = "orthonormal",
+        targets: tuple[Target, ...] = TARGET_ORDER,
+        scale: float = 1.0,
+    ) -> "Plan":
+        """Make a plan that exchanges and adapts ``layers``; None is every layer (schedule per_layer)."""
+        chosen = tuple(range(num_layers)) if layers is None else layers
+        return cls(
+            name=name,
+            backbone=backbone,
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            exchange_layers=chosen,
+            adapted_layers=chosen,
+            targets=targets,
+            r_c2d=r_c2d or rank,
+            r_d2c=r_d2c or rank,
+            layout=layout,
+            schedule="per_layer" if chosen == tuple(range(num_layers)) else "subset",
+            initialiser=initialiser,
+            scale=scale,
+        )
