@@ -1,0 +1,170 @@
+"""Ragged attention: queries of many rows laid end to end, each over its own keys and values.
+
+Registered with transformers under a name, so that unmodified decoder layers call it after their
+projections, norms and rotary embedding. Knows nothing about residuals, steps or sessions.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from cloud_server.kv_cache import BLOCK_TOKENS, KvCache, Row
+
+ATTENTION_NAME = "privatelora_ragged"
+
+
+class Attends(Protocol):
+    """What a batch must offer: attention of its own tokens at one layer."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Return ``(heads, tokens, head_dim)`` for ``q (heads, tokens, head_dim)``."""
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    batch: Attends,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend as a transformers attention function does: ``(1, heads, tokens, head_dim)`` in,
+    ``(1, tokens, heads, head_dim)`` out. ``attention_mask`` is unused: ``batch`` knows what is visible.
+    """
+    out = batch.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0],
+        key[0],
+        value[0],
+        scaling,
+        sliding_window,
+        softcap,
+    )
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, ragged_attention)
+
+
+@dataclass
+class Part:
+    """Tokens ``lo..hi-1`` of a batch: positions ``start..`` of one row."""
+
+    row: Row
+    lo: int
+    hi: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        """Positions of the row that exist once this part is written."""
+        return self.start + self.hi - self.lo
+
+
+@dataclass
+class CachedAttention:
+    """Attention of new positions over the paged KV cache."""
+
+    cache: KvCache
+    parts: list[Part]
+    _slots: Tensor | None = None
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Write k and v of the new positions, then attend row by row."""
+        pool = self.cache.keys_values(layer)  # (2, kv_heads, slots, head_dim)
+        if self._slots is None:
+            self._slots = torch.cat([p.row.slots(p.end)[p.start :] for p in self.parts]).to(pool.device)
+        pool[0].index_copy_(1, self._slots, k)
+        pool[1].index_copy_(1, self._slots, v)
+        outs = [
+            self._attend_part(index, pool, q[:, part.lo : part.hi], scale, window, softcap)
+            for index, part in enumerate(self.parts)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)  # (heads, tokens, head_dim)
+
+    def _attend_part(
+        self, index: int, pool: Tensor, q: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        part = self.parts[index]
+        first = 0 if window is None else max(0, part.start + 1 - window)
+        if part.row.contiguous:
+            base = part.row.blocks[0] * BLOCK_TOKENS
+            kv = pool[:, :, base + first : base + part.end]
+        else:
+            kv = pool.index_select(2, part.row.slots(part.end)[first:].to(pool.device))
+        k, v = kv[0], kv[1]  # (kv_heads, visible, head_dim)
+        if part.hi - part.lo == 1:
+            mask = None  # one position sees all that is there
+        else:
+            mask = self._mask(index, first, window, q.device)
+        return attend_one(q, k, v, scale, mask, softcap)
+
+    def _mask(self, index: int, first: int, window: int | None, device: torch.device) -> Tensor:
+        """Return which keys each new position sees: ``(tokens, visible)`` bool, the same in every layer."""
+        mask = self._masks.get((index, window))
+        if mask is None:
+            part = self.parts[index]
+            mask = visible(part.start, part.end, first, window, device)
+            self._masks[index, window] = mask
+        return mask
+
+
+def visible(start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor:
+    """Return ``(end - start, end - first)`` bool: may position ``start + i`` see position ``first + j``."""
+    queries = torch.arange(start, end, device=device)[:, None]
+    keys = torch.arange(first, end, device=device)[None, :]
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    return mask
+
+
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Attend for one row, query heads grouped over their key heads.
+
+    Parameters
+    ----------
+    q
+        ``(heads, tokens, head_dim)``.
+    k, v
+        ``(kv_heads, visible, head_dim)``.
+    mask
+        ``(tokens, visible)`` bool, None if all is visible.
+    softcap
+        Bound on the logits (Gemma 2, arXiv 2408.00118 section 2), None for none.
+
+    Returns
+    -------
+    Tensor
+        ``(heads, tokens, head_dim)``.
+    """
+    heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[0]
+    grouped = q.reshape(kv_heads, heads // kv_heads * tokens, head_dim)  # group's heads stacked: no copy of k
+    if mask is not None and heads != kv_heads:
+        mask = mask.repeat(heads // kv_heads, 1)  # (group * tokens, visible)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(grouped[None], k[None], v[None], mask, scale=scale)[0]
+    else:
+        logits = torch.tanh(grouped @ k.transpose(1, 2) * (scale / softcap)) * softcap
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        out = torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    return out.reshape(heads, tokens, head_dim)
+

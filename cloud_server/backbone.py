@@ -1,0 +1,267 @@
+"""The frozen decoder layers, run in segments over a ragged batch.
+
+An adapted layer runs in two calls: ``emit`` makes the codes xA (and ``stash`` the base q, k, v
+products while the codes are in flight), ``run`` is the layer itself, whose wrapped projections
+return stash + residual. Layers are Hugging Face's own, unmodified. Knows nothing about tokens,
+personal weights or the network.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from cloud_server.attention import ATTENTION_NAME, CachedAttention, Part
+from cloud_server.kv_cache import KvCache
+from cloud_server.step import Step
+from shared.families import UnsupportedModelError, geometry, layer_types, rope_parameters
+from shared.lowrank import LowRank
+from shared.models import Checkpoint
+from shared.plan import Plan
+
+
+class Handed(nn.Module):
+    """Stands in for a module of a decoder layer and hands out what was computed before the call."""
+
+    value: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the handed value, or the input itself if there is none."""
+        return hidden if self.value is None else self.value
+
+
+@dataclass
+class Slice:
+    """Tokens ``lo..hi-1`` of a step, the unit that is scheduled."""
+
+    step: Step
+    lo: int
+    hi: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of the step."""
+        return self.lo == 0 and self.hi == self.step.tokens
+
+
+class Layer:
+    """One decoder layer with its projections taken out in front.
+
+    ``weight (q_dim + 2 kv_dim, hidden_size)`` is the stacked q|k|v product.
+    """
+
+    def __init__(self, module: nn.Module, kind: str) -> None:
+        attention, norm = getattr(module, "self_attn", None), getattr(module, "input_layernorm", None)
+        if attention is None or norm is None or not (
+            hasattr(attention, "qkv_proj") or all(hasattr(attention, f"{p}_proj") for p in "qkv")
+        ):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has no self_attn with q/k/v (or qkv) projections behind an input_layernorm"
+            )
+        self.module, self.kind, self.norm = module, kind, norm
+        module.input_layernorm = Handed()  # the norm runs in front, for the codes; here h passes through
+        names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
+        linears: list[nn.Linear] = [getattr(attention, name) for name in names]
+        self.weight = torch.cat([linear.weight.detach() for linear in linears])
+        biases = [linear.bias for linear in linears]
+        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+        self.widths = [linear.out_features for linear in linears]
+        self.handed = [Handed() for _ in names]
+        for name, stand_in in zip(names, self.handed, strict=True):
+            setattr(attention, name, stand_in)
+
+    def base(self, x: Tensor) -> Tensor:
+        """Return the base q|k|v products of ``x (tokens, hidden_size)``: ``(tokens, q_dim + 2 kv_dim)``."""
+        return F.linear(x, self.weight, self.bias)
+
+    def __call__(self, hidden: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], batch: CachedAttention) -> Tensor:
+        """Run the layer on ``hidden (tokens, hidden_size)`` with finished q, k, v products."""
+        for stand_in, part in zip(self.handed, qkv.split(self.widths, dim=1), strict=True):
+            stand_in.value = part[None]
+        out: Tensor = self.module(
+            hidden[None], attention_mask=None, position_embeddings=rotary, past_key_values=None, batch=batch
+        )
+        return out[0]
+
+
+class Backbone:
+    """Decoder layers of one model, with A and B of every plan it serves.
+
+    Parameters
+    ----------
+    checkpoint
+        Where the weights are; only tensors of the served decoder layers are read.
+    plans
+        Name to (plan, A and B).
+    dtype, device
+        What to compute in and on.
+    progress
+        Whether to show a progress bar while loading.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plans: Mapping[str, tuple[Plan, LowRank]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        progress: bool = False,
+    ) -> None:
+        self.geometry = geometry(checkpoint.config)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.plans = {name: plan for name, (plan, _) in plans.items()}
+        served = sorted({layer for plan in self.plans.values() for layer in plan.cloud_layers})
+        self.served = range(served[0], served[-1] + 1)
+        config = checkpoint.config
+        config._attn_implementation = ATTENTION_NAME
+        with torch.device("meta"):  # the skeleton costs no memory; layers get their tensors one by one
+            skeleton = AutoModel.from_config(config, attn_implementation=ATTENTION_NAME)
+        kinds = layer_types(config)
+        names = {
+            name: (layer, local)
+            for layer in self.served
+            for local, name in checkpoint.layer_tensors(layer).items()
+        }
+        tensors = checkpoint.load(names, dtype=dtype, device=str(self.device), progress=progress)
+        by_layer: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.served}
+        for name, tensor in tensors.items():
+            layer, local = names[name]
+            by_layer[layer][local] = tensor
+        del tensors
+        self.layers: dict[int, Layer] = {}
+        for layer in self.served:
+            module = skeleton.layers[layer]
+            module.load_state_dict(by_layer.pop(layer), strict=True, assign=True)
+            self.layers[layer] = Layer(module.eval().requires_grad_(False), kinds[layer])
+        # Rotary frequencies are computed, not stored, so this module is made outside "meta".
+        self.rotary_module = type(skeleton.rotary_emb)(config).to(self.device)
+        self.rotary_kinds = tuple(rope_parameters(config))
+        self._lowrank = {
+            name: (
+                {layer: a.to(self.device, dtype) for layer, a in lowrank.a.items()},
+                {layer: (b * plan.scale).to(self.device, dtype) for layer, b in lowrank.b.items()},
+            )
+            for name, (plan, lowrank) in plans.items()
+        }
+
+    def rotary(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return cos and sin, ``(1, tokens, rotary_dim)`` each, by layer type (or "all")."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        ids = positions.to(self.device)[None]
+        if self.rotary_kinds == ("all",):
+            return {"all": self.rotary_module(like, ids)}
+        return {kind: self.rotary_module(like, ids, kind) for kind in self.rotary_kinds}
+
+    def emit(self, steps: Sequence[Step]) -> list[Tensor]:
+        """Return the codes xA of steps that stand at the same layer, ``(tokens, codes_width)`` each.
+
+        Leaves the normed input in ``step.stash`` for ``stash``.
+        """
+        layer = steps[0].layer
+        x = self.layers[layer].norm(_cat([step.hidden for step in steps]))  # (tokens, hidden_size)
+        codes: list[Tensor] = []
+        for step, part in zip(steps, _split(x, steps), strict=True):
+            step.stash, step.emitted = part, layer
+        for _, same_plan in groupby(steps, key=lambda step: step.plan.name):
+            alike = list(same_plan)
+            a = self._lowrank[alike[0].plan.name][0][layer]  # (hidden_size, codes_width)
+            codes += _split(_cat([step.stash for step in alike if step.stash is not None]) @ a, alike)
+        return codes
+
+    def stash(self, steps: Sequence[Step]) -> None:
+        """Compute the base q, k, v products of steps whose codes are in flight."""
+        layer = self.layers[steps[0].layer]
+        base = layer.base(_cat([step.stash for step in steps if step.stash is not None]))
+        for step, part in zip(steps, _split(base, steps), strict=True):
+            step.stash = part
+
+    def run(self, slices: Sequence[Slice], cache: KvCache) -> None:
+        """Run one layer on slices of steps that stand at it; whole steps then stand at the next layer."""
+        number = slices[0].step.layer
+        layer = self.layers[number]
+        hidden = _cat([s.step.hidden[s.lo : s.hi] for s in slices])  # (tokens, hidden_size)
+        qkv = self._products(layer, number, hidden, slices)
+        batch = CachedAttention(cache, _parts(slices))
+        out = layer(hidden, qkv, self._rotary_of(slices, layer.kind), batch)
+        at = 0
+        for s in slices:
+            count = s.hi - s.lo
+            if s.whole:
+                s.step.hidden = out[at : at + count]
+            else:
+                s.step.hidden[s.lo : s.hi] = out[at : at + count]
+            at += count
+            s.step.offset = s.hi
+            if s.hi == s.step.tokens:
+                s.step.layer, s.step.offset, s.step.stash = number + 1, 0, None
+                s.step.residual_codes.pop(number, None)
+
+    def _products(self, layer: Layer, number: int, hidden: Tensor, slices: Sequence[Slice]) -> Tensor:
+        """Return q|k|v with every residual added: ``(tokens, q_dim + 2 kv_dim)``."""
+        stashes = [s.step.stash[s.lo : s.hi] for s in slices if s.step.stash is not None]
+        if len(stashes) == len(slices):
+            qkv = _cat(stashes)
+        else:  # no codes were emitted here, or not by all: one product serves them together
+            qkv = layer.base(layer.norm(hidden))
+        at = 0
+        for s in slices:
+            count = s.hi - s.lo
+            codes = s.step.residual_codes.get(number)
+            if codes is not None:
+                self._add_residual(qkv[at : at + count], codes[s.lo : s.hi], s.step.plan, number)
+            at += count
+        return qkv
+
+    def _add_residual(self, qkv: Tensor, z: Tensor, plan: Plan, layer: int) -> None:
+        """Add ``scale * zB`` in place. ``z (tokens, groups * r_d2c)``."""
+        b = self._lowrank[plan.name][1][layer]  # (r_d2c, d_out), scale folded in
+        g, column = self.geometry, 0
+        at = {"q": 0, "k": g.q_dim, "v": g.q_dim + g.kv_dim}
+        if plan.layout == "fused" and len(plan.targets) == 3:
+            qkv.addmm_(z, b)
+            return
+        for group, target in enumerate(plan.targets):
+            width = g.out_dim(target)
+            zg = z if plan.layout == "fused" else z[:, group * plan.r_d2c : (group + 1) * plan.r_d2c]
+            qkv[:, at[target] : at[target] + width].addmm_(zg, b[:, column : column + width])
+            column += width
+
+    def _rotary_of(self, slices: Sequence[Slice], kind: str) -> tuple[Tensor, Tensor]:
+        key = "all" if self.rotary_kinds == ("all",) else kind
+        cosines, sines = [], []
+        for s in slices:
+            if not s.step.rotary:
+                s.step.rotary = self.rotary(s.step.positions)
+            cos, sin = s.step.rotary[key]
+            cosines.append(cos[:, s.lo : s.hi])
+            sines.append(sin[:, s.lo : s.hi])
+        if len(slices) == 1:
+            return cosines[0], sines[0]
+        return torch.cat(cosines, dim=1), torch.cat(sines, dim=1)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def _split(tensor: Tensor, steps: Sequence[Step]) -> Sequence[Tensor]:
+    return (tensor,) if len(steps) == 1 else tensor.split([step.tokens for step in steps])
+
+
+def _parts(slices: Sequence[Slice]) -> list[Part]:
+    """Cut the slices' spans into parts of the batch that each belong to one row."""
+    parts, at = [], 0
+    for s in slices:
+        first = 0  # token of the step where the span begins
+        for span in s.step.spans:
+            lo, hi = max(s.lo, first), min(s.hi, first + span.count)
+            if lo < hi:
+                parts.append(Part(span.row, at + lo - s.lo, at + hi - s.lo, span.start + lo - first))
+            first += span.count
+        at += s.hi - s.lo
+    return parts

@@ -1,0 +1,121 @@
+"""Typed settings of the cloud: flags over environment over a TOML file. Unknown keys are errors."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from shared.plan import Initialiser, Layout
+
+
+class EngineConfig(BaseModel):
+    """Batching and slicing bounds of the engine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    short_step_tokens: int = Field(
+        default=16, ge=1, description="Longest row of a step that counts as decoding (positions)"
+    )
+    max_batch_steps: int = Field(default=256, ge=1, description="Most steps that run together (count)")
+    slice_s: float = Field(default=0.005, gt=0, description="Longest slice while decodes are ready (seconds)")
+    inline_s: float = Field(
+        default=0.005, ge=0, description="Work expected to be shorter runs on the event loop itself (seconds)"
+    )
+    gather_wait_s: float = Field(
+        default=0.0005, ge=0, description="Longest wait for steps due at the same layer (seconds)"
+    )
+    fairness_s: float = Field(
+        default=0.05, gt=0, description="A group that has waited longer goes before larger ones (seconds)"
+    )
+
+
+class PlanConfig(BaseModel):
+    """A plan that the cloud offers; A and B are made for it on first use."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(default="per-layer-r64", description="Name edges ask for it by")
+    r_c2d: int = Field(default=64, ge=1, description="Width of one group of codes (elements)")
+    r_d2c: int = Field(default=64, ge=1, description="Width of one group of residual codes (elements)")
+    layout: Layout = Field(default="per_projection", description="One A-M-B per projection, or one fused")
+    initialiser: Initialiser = Field(default="orthonormal", description="How A and B are made")
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="Layers that exchange and are adapted (indices); all if absent"
+    )
+    scale: float = Field(default=1.0, gt=0, description="Factor on the residual (no unit)")
+
+
+class CloudConfig(BaseSettings):
+    """Everything a cloud server can be told."""
+
+    model_config = SettingsConfigDict(env_prefix="PRIVATELORA_CLOUD_", env_nested_delimiter="__", extra="forbid")
+
+    model: str = Field(
+        default="smollm2-135m-instruct",
+        description="Packaged model name, Hugging Face folder, GGUF file or hub id",
+    )
+    listen: str = Field(default="127.0.0.1:50051", description="Address to listen on (HOST:PORT; port 0 is any)")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Element type the backbone computes in"
+    )
+    device: str = Field(default="cpu", description="Torch device of the backbone (cpu, cuda, cuda:N, mps)")
+    kv_bytes: int = Field(default=1 << 30, ge=1, description="Budget of the KV cache (bytes)")
+    plans: tuple[PlanConfig, ...] = Field(default=(PlanConfig(),), min_length=1, description="Plans offered")
+    max_context_tokens: int | None = Field(
+        default=None, ge=1, description="Longest row (positions); the model's own limit if absent"
+    )
+    max_step_tokens: int = Field(default=512, ge=1, description="Most positions in one step (positions)")
+    max_rows: int = Field(default=64, ge=1, description="Most rows, beams or batch entries, a session (count)")
+    max_sessions: int = Field(default=1024, ge=1, description="Most sessions, dropped ones included (count)")
+    max_steps_in_flight: int = Field(default=8, ge=1, description="Most unfinished steps a session (count)")
+    grace_period_s: float = Field(
+        default=60.0, ge=0, description="How long a dropped session's KV is held for it to come back (seconds)"
+    )
+    write_timeout_s: float = Field(
+        default=30.0, gt=0, description="An edge that reads nothing for this long is cut off (seconds)"
+    )
+    idle_timeout_s: float = Field(
+        default=3600.0, gt=0, description="A session that sends nothing for this long is closed (seconds)"
+    )
+    threads: int | None = Field(default=None, ge=1, description="Torch threads (count); all cores if absent")
+    cache_dir: Path | None = Field(default=None, description="Folder for models and A/B files")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Log detail")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="Batching and slicing")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags win over environment, environment over the TOML file given by --config."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_config(file: Path | None, **flags: object) -> CloudConfig:
+    """Return the configuration from a TOML file, the environment and flags that were given.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        On unknown keys or values out of range.
+    FileNotFoundError
+        If the file is missing.
+    """
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"no configuration file at {file}")
+
+    class FromFile(CloudConfig):
+        model_config = SettingsConfigDict(**{**CloudConfig.model_config, "toml_file": file})
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    return FromFile.model_validate(FromFile(**given).model_dump())  # type: ignore[arg-type]

@@ -1,0 +1,212 @@
+"""One engine for all sessions: ``gather -> advance -> reply``, forever.
+
+A step waits for its edge most of the time and costs nothing then. Whoever is ready at the same layer
+runs together: A and B are the same for every user, so sessions with different M share a batch. Short
+steps (decoding) go before long ones (prefill), and a long one yields between slices of bounded time.
+Knows nothing about gRPC, tokens or personal weights.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from cloud_server.backbone import Backbone, Slice
+from cloud_server.config import EngineConfig
+from cloud_server.kv_cache import KvCache
+from cloud_server.step import Step
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs the steps of all sessions.
+
+    Parameters
+    ----------
+    backbone, cache
+        What runs, and where keys and values live.
+    config
+        Batching and slicing bounds.
+    """
+
+    def __init__(self, backbone: Backbone, cache: KvCache, config: EngineConfig) -> None:
+        self.backbone, self.cache, self.config = backbone, cache, config
+        self.steps: set[Step] = set()  # in flight
+        self.ready: deque[Step] = deque()
+        self.batches = BatchStatistics()
+        self._cost = 50e-6  # seconds per token and layer, learned; decides slices and threads
+        self._wake = asyncio.Event()
+        self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
+
+    def submit(self, step: Step) -> None:
+        """Admit a step. Its rows must be reserved in the cache."""
+        self.steps.add(step)
+        self._enqueue(step)
+
+    def answer(self, step: Step, residual_codes: dict[int, Tensor]) -> None:
+        """Give a step residual codes by layer, ``(tokens, residual_width)`` in the backbone's dtype."""
+        step.residual_codes.update(residual_codes)
+        self._enqueue(step)
+
+    def cancel(self, step: Step) -> None:
+        """Drop a step; a slice of it that is running finishes and is forgotten."""
+        step.cancelled = True
+        self.steps.discard(step)
+        if step in self.ready:
+            self.ready.remove(step)
+
+    async def serve(self) -> None:
+        """Run until cancelled."""
+        while True:
+            await self._wake.wait()
+            slices = self.gather()
+            if not slices:
+                self._wake.clear()
+                continue
+            wait = self.worth_waiting(slices)
+            if wait > 0:
+                self._wake.clear()
+                await _wait(self._wake, wait)
+                slices = self.gather()
+            emitted = await self._run(slices)
+            self.reply(slices, emitted)
+            await asyncio.sleep(0)  # codes go on the wire before the base products are computed
+            self._stash([step for step, _ in emitted])
+
+    def gather(self) -> list[Slice]:
+        """Choose what runs next: the largest group of short steps at one layer, else the oldest long step."""
+        short: dict[tuple[int, bool], list[Step]] = {}
+        for step in self.ready:
+            if step.longest <= self.config.short_step_tokens:
+                short.setdefault((step.layer, step.must_emit()), []).append(step)
+        if short:
+            now = time.monotonic()
+            group = max(short.values(), key=lambda g: (now - g[0].ready_since > self.config.fairness_s, len(g)))
+            return [Slice(step, 0, step.tokens) for step in group[: self.config.max_batch_steps]]
+        if not self.ready:
+            return []
+        step = self.ready[0]
+        room = step.tokens
+        if any(other.longest <= self.config.short_step_tokens for other in self.steps):
+            room = max(16, int(self.config.slice_s / self._cost))  # somebody's decode will be ready soon
+        return [Slice(step, step.offset, min(step.tokens, step.offset + room))]
+
+    def worth_waiting(self, slices: list[Slice]) -> float:
+        """Return the seconds to wait for steps whose answers at this very layer are on their way."""
+        first = slices[0].step
+        if self.config.gather_wait_s <= 0 or first.longest > self.config.short_step_tokens:
+            return 0.0
+        coming = sum(
+            1
+            for step in self.steps
+            if step.layer == first.layer and step.emitted == first.layer and step not in self.ready
+        )
+        if coming == 0 or len(self.ready) > len(slices):
+            return 0.0
+        return first.ready_since + self.config.gather_wait_s - time.monotonic()
+
+    async def _run(self, slices: list[Slice]) -> list[tuple[Step, Tensor]]:
+        """Advance the slices, inline if that is short, else on the torch thread."""
+        for s in slices:
+            self.ready.remove(s.step)
+            s.step.is_running = True
+        tokens = sum(s.hi - s.lo for s in slices)
+        self.batches.add(len(slices), tokens)
+        started = time.perf_counter()
+        if tokens * self._cost < self.config.inline_s:
+            emitted, layers = self._advance(slices)
+        else:
+            loop = asyncio.get_running_loop()
+            with self.cache.in_use():
+                emitted, layers = await loop.run_in_executor(self._torch_thread, self._advance, slices)
+        for s in slices:
+            s.step.is_running = False
+        if layers and tokens >= 16:
+            cost = (time.perf_counter() - started) / (tokens * layers)
+            self._cost += 0.2 * (cost - self._cost)
+        return emitted
+
+    @torch.inference_mode()
+    def _advance(self, slices: list[Slice]) -> tuple[list[tuple[Step, Tensor]], int]:
+        """Run layers until one of the steps has to stop; return codes to send, and layers run."""
+        steps, layers = [s.step for s in slices], 0
+        if not steps[0].must_emit():
+            until = time.perf_counter() + self.config.slice_s
+            while True:
+                self.backbone.run(slices, self.cache)
+                layers += 1
+                if not all(s.whole for s in slices) or time.perf_counter() > until:
+                    break
+                if any(step.finished or step.must_emit() or step.is_blocked() for step in steps):
+                    break
+        emitting = [
+            step for step in steps if step.offset == 0 and not step.finished and step.must_emit()
+        ]
+        return list(zip(emitting, self.backbone.emit(emitting), strict=True)) if emitting else [], layers
+
+    def reply(self, slices: list[Slice], emitted: list[tuple[Step, Tensor]]) -> None:
+        """Send codes and finished hidden states, and queue again what can go on."""
+        for step, codes in emitted:
+            if not step.cancelled:
+                step.on_codes(step, step.layer, codes)
+        for s in slices:
+            step = s.step
+            if step.cancelled:
+                continue
+            if step.finished:
+                self.steps.discard(step)
+                step.on_done(step, step.kept_hidden())
+            elif s.hi == step.tokens or step.offset:
+                self._enqueue(step)
+        for step in self.steps:  # a session's next chunk may have waited for this one
+            if step.before is not None and step not in self.ready:
+                self._enqueue(step)
+
+    def _stash(self, steps: list[Step]) -> None:
+        """Use the time until the answers come for the base products of short steps."""
+        short = [step for step in steps if step.longest <= self.config.short_step_tokens]
+        for step in steps:
+            if step not in short:
+                step.stash = None  # computed in slices when the layer runs
+        if short:
+            with torch.inference_mode():
+                self.backbone.stash(short)
+
+    def _enqueue(self, step: Step) -> None:
+        """Put a step that can go on into the ready queue, once."""
+        if step.cancelled or step in self.ready or step.is_running:
+            return
+        if step.must_emit() or not step.is_blocked():
+            step.ready_since = time.monotonic()
+            self.ready.append(step)
+            self._wake.set()
+
+
+class BatchStatistics:
+    """How full the batches are."""
+
+    def __init__(self) -> None:
+        self.count = self.steps = self.tokens = 0
+
+    def add(self, steps: int, tokens: int) -> None:
+        """Count one batch."""
+        self.count += 1
+        self.steps += steps
+        self.tokens += tokens
+
+    @property
+    def mean_steps(self) -> float:
+        """Mean number of steps that ran together."""
+        return self.steps / self.count if self.count else 0.0
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        pass

@@ -1,0 +1,145 @@
+"""Puts a server together: model, plans, engine, service, gRPC, and their orderly end."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from cloud_server.backbone import Backbone
+from cloud_server.config import CloudConfig, PlanConfig
+from cloud_server.engine import Engine
+from cloud_server.kv_cache import KvCache
+from cloud_server.service import SERVICE_NAME, Offer, Service
+from cloud_server.session import Limits
+from shared import edge_parts, fingerprint, lowrank, models
+from shared.checkpoint import Checkpoint
+from shared.plan import Plan
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4 << 20  # gRPC's own default; steps are bounded to fit, so it is never lifted
+DRAIN_S = 5.0
+
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # two servers on one port would silently share its clients
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 60_000),  # some clouds drop idle TCP after four minutes
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # or edges that ping are sent away
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+def plan_of(config: PlanConfig, checkpoint: Checkpoint) -> Plan:
+    """Return the plan that ``config`` describes for this model."""
+    g = checkpoint.geometry
+    return Plan.subset(
+        config.layers,
+        name=config.name,
+        backbone=checkpoint.id,
+        num_layers=g.num_layers,
+        hidden_size=g.hidden_size,
+        r_c2d=config.r_c2d,
+        r_d2c=config.r_d2c,
+        layout=config.layout,
+        initialiser=config.initialiser,
+        scale=config.scale,
+    )
+
+
+def build_service(config: CloudConfig, *, progress: bool = True) -> Service:
+    """Load the model and make everything behind the RPCs.
+
+    Raises
+    ------
+    ValueError
+        If the model, a plan or the KV budget is impossible; the message says what to change.
+    """
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    checkpoint = models.resolve(config.model, cache_dir=config.cache_dir, progress=progress)
+    parts = edge_parts.build(checkpoint, config.cache_dir, progress=progress)
+    offers: dict[bytes, Offer] = {}
+    plans = {}
+    for plan_config in config.plans:
+        plan = plan_of(plan_config, checkpoint)
+        if plan.name in plans:
+            raise ValueError(f"two plans are named {plan.name!r}; give each its own name")
+        matrices, path = lowrank.ensure(plan, checkpoint, config.cache_dir, progress=progress)
+        print_of = fingerprint.for_model(plan, checkpoint, path, parts, config.cache_dir)
+        plans[plan.name] = (plan, matrices)
+        offers[print_of.plan] = Offer(plan, print_of)
+    dtype = getattr(torch, config.dtype)
+    backbone = Backbone(checkpoint, plans, dtype=dtype, device=config.device, progress=progress)
+    cache = KvCache(backbone.geometry, backbone.served, config.kv_bytes, dtype, backbone.device)
+    return Service(
+        config, Engine(backbone, cache, config.engine), offers, parts, limits_of(config, checkpoint, plans, cache)
+    )
+
+
+def limits_of(
+    config: CloudConfig, checkpoint: Checkpoint, plans: dict[str, tuple[Plan, object]], cache: KvCache
+) -> Limits:
+    """Return bounds that fit the model, the KV budget and gRPC's message size."""
+    widest = max(
+        max(plan.hidden_size, plan.codes_width, plan.residual_width) for plan, _ in plans.values()
+    )
+    fits = (MAX_MESSAGE_BYTES - (64 << 10)) // (4 * widest)  # float32, with room for the rest of the message
+    context = min(config.max_context_tokens or checkpoint.geometry.max_positions, checkpoint.geometry.max_positions)
+    return Limits(
+        max_context_tokens=min(context, cache.num_tokens),
+        max_step_tokens=max(1, min(config.max_step_tokens, fits)),
+        max_rows=config.max_rows,
+        max_steps_in_flight=config.max_steps_in_flight,
+    )
+
+
+async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Parameters
+    ----------
+    config
+        The whole configuration.
+    on_ready
+        Called with the bound address and the service once requests are answered.
+    """
+    service = build_service(config)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server.add_generic_rpc_handlers((service.handlers(),))
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (SERVICE_NAME, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server
+    )
+    host, _, port = config.listen.rpartition(":")
+    try:
+        bound = server.add_insecure_port(config.listen)
+    except RuntimeError:
+        raise OSError(f"cannot listen on {config.listen}: the port is taken or the address is not ours") from None
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    tasks = [asyncio.create_task(service.engine.serve()), asyncio.create_task(service.housekeeping())]
+    for task in tasks:
+        task.add_done_callback(lambda _: stop.set())  # an engine that fails must not look healthy
+    await server.start()
+    for name in ("", SERVICE_NAME):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    on_ready(f"{host}:{bound}", service)
+    await stop.wait()
+    log.info("stopping: %d sessions", len(service.sessions))
+    await health.enter_graceful_shutdown()
+    await server.stop(DRAIN_S)
+    failed = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+    for task in tasks:
+        task.cancel()
+    for error in failed:
+        if error is not None:
+            raise error

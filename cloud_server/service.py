@@ -1,0 +1,299 @@
+"""The gRPC face of the cloud: streams, handshake, statuses, and what happens when a stream breaks.
+
+No model code. Requests arrive as bytes and are parsed here, so that bytes which are no message get a
+clear status too.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from cloud_server.config import CloudConfig
+from cloud_server.engine import Engine
+from cloud_server.kv_cache import KvFullError
+from cloud_server.session import Limits, Refusal, Session, invalid
+from shared import PROTOCOL_VERSION, __version__, wire
+from shared.edge_parts import EdgePart
+from shared.fingerprint import Fingerprint
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = "privatelora.v1.PrivateLoraService"
+FRAME_BYTES = 5  # gRPC's own header on each message
+PART_PIECE_BYTES = 1 << 20
+Context = grpc.aio.ServicerContext
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A plan that is served, with the fingerprint of everything it stands on."""
+
+    plan: Plan
+    fingerprint: Fingerprint
+
+
+@dataclass
+class Traffic:
+    """Messages and bytes since the start, framing included."""
+
+    messages_in: int = 0
+    messages_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass(eq=False)
+class Service:
+    """Everything behind the RPCs of one server process."""
+
+    config: CloudConfig
+    engine: Engine
+    offers: dict[bytes, Offer]  # by the fingerprint's plan digest
+    edge_parts: list[EdgePart]
+    limits: Limits
+    sessions: dict[bytes, Session] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return handlers that exchange raw bytes."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Describe": grpc.unary_unary_rpc_method_handler(self.describe),
+                "FetchEdgeParts": grpc.unary_stream_rpc_method_handler(self.fetch_edge_parts),
+                "Decode": grpc.stream_stream_rpc_method_handler(self.decode),
+            },
+        )
+
+    async def describe(self, raw: bytes, context: Context) -> bytes:
+        """State what this cloud serves."""
+        try:
+            _parse(pb.DescribeRequest, raw)
+        except Refusal as refusal:
+            await _abort(context, refusal)
+        response = pb.DescribeResponse(
+            protocol_version=PROTOCOL_VERSION,
+            server_version=__version__,
+            plans=[
+                pb.PlanOffer(plan_json=o.plan.canonical_json(), fingerprint=fingerprint_message(o.fingerprint))
+                for o in self.offers.values()
+            ],
+            edge_parts=[
+                pb.EdgePart(name=part.name, size_bytes=part.size, sha256=part.sha256) for part in self.edge_parts
+            ],
+            limits=pb.Limits(
+                max_context_tokens=self.limits.max_context_tokens,
+                max_step_tokens=self.limits.max_step_tokens,
+                max_rows=self.limits.max_rows,
+                max_steps_in_flight=self.limits.max_steps_in_flight,
+                grace_period_ms=int(self.config.grace_period_s * 1000),
+            ),
+            compute_dtype=wire.DTYPE_NAMES[self.config.dtype],
+            kv_bytes_used=self.engine.cache.bytes_used,
+            kv_bytes_total=self.engine.cache.bytes_total,
+        )
+        return response.SerializeToString()
+
+    async def fetch_edge_parts(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
+        """Stream one public file from an offset."""
+        try:
+            request = _parse(pb.FetchEdgePartsRequest, raw)
+            if request.part_index >= len(self.edge_parts):
+                raise invalid(f"part {request.part_index} does not exist; there are {len(self.edge_parts)}")
+            part = self.edge_parts[request.part_index]
+            if request.offset_bytes > part.size:
+                raise invalid(f"offset {request.offset_bytes} is beyond the {part.size} bytes of {part.name}")
+        except Refusal as refusal:
+            await _abort(context, refusal)
+        offset = request.offset_bytes
+        while offset < part.size:
+            piece = await asyncio.to_thread(_read_piece, part.path, offset)
+            offset += len(piece)
+            yield pb.FetchEdgePartsResponse(data=piece).SerializeToString()
+
+    async def decode(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """Serve one session until its stream ends."""
+        handler = cast("asyncio.Task[None]", asyncio.current_task())
+        session: Session | None = None
+        writer: asyncio.Task[None] | None = None
+        finished = False
+        try:
+            session = self._open(await self._read(context))
+            writer = asyncio.create_task(self._write(session, context, cut_off=handler.cancel))
+            writer.add_done_callback(lambda done: done.cancelled() or handler.cancel())
+            while not finished:
+                message = await self._read(context)
+                if message is None:
+                    finished = True
+                elif message.HasField("residual_codes"):
+                    session.answer(message.residual_codes)
+                elif message.HasField("step"):
+                    self._step(session, message.step)
+                elif message.HasField("open"):
+                    raise invalid("open is the first message, and only the first; this session is open already")
+                else:
+                    raise invalid("an empty message: expected a step or residual codes")
+        except Refusal as refusal:
+            log.info("session refused: %s: %s", refusal.code.name, refusal.message)
+            await _abort(context, refusal)
+        finally:
+            if writer is not None:
+                writer.cancel()
+            if session is not None:
+                self._leave(session, finished)
+
+    async def housekeeping(self) -> None:
+        """Free dropped sessions when their grace period is over; run until cancelled."""
+        while True:
+            await asyncio.sleep(min(1.0, max(0.05, self.config.grace_period_s / 4)))
+            now = time.monotonic()
+            for session in list(self.sessions.values()):
+                if session.dropped_at is not None and now - session.dropped_at > self.config.grace_period_s:
+                    self._forget(session)
+
+    def _open(self, message: pb.DecodeRequest | None) -> Session:
+        """Compare what both sides stand on, before any activation is sent."""
+        if message is None or not message.HasField("open"):
+            raise invalid("the first message must be open: protocol version, fingerprint and wire dtype")
+        request = message.open
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"protocol version {request.protocol_version} is not spoken here, {PROTOCOL_VERSION} is; "
+                "update the older side",
+            )
+        offer = self.offers.get(request.fingerprint.plan)
+        if offer is None:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                f"no such plan here (plan digest {request.fingerprint.plan[:8].hex() or 'missing'}); "
+                f"offered: {', '.join(o.plan.name for o in self.offers.values())}",
+            )
+        theirs = fingerprint_of(request.fingerprint)
+        parts = offer.fingerprint.differs_from(theirs)
+        if parts:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"fingerprint mismatch in {' and '.join(parts)}: your adapter or edge parts were made for another "
+                "model; use an adapter made for this cloud, or a cloud that serves yours",
+            )
+        if request.wire_dtype not in wire.TORCH_DTYPES:
+            raise invalid(f"wire dtype must be one of {', '.join(wire.DTYPE_NAMES)}")
+        if request.session_id:
+            session = self.sessions.get(request.session_id)
+            if session is None or session.dropped_at is None or session.plan != offer.plan:
+                raise Refusal(
+                    grpc.StatusCode.NOT_FOUND,
+                    "no such dropped session here (its grace period may be over); open a new one and replay",
+                )
+            session.dropped_at, session.wire_dtype = None, request.wire_dtype
+        else:
+            if len(self.sessions) >= self.config.max_sessions and not self._evict():
+                raise Refusal(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"all {self.config.max_sessions} sessions are taken; try again later",
+                    retry_after_s=1.0,
+                )
+            session = Session(offer.plan, request.wire_dtype, self.limits, self.engine)
+            self.sessions[session.id] = session
+        opened = pb.Opened(session_id=session.id, row_lengths=session.row_lengths())
+        session.outbox.put(pb.DecodeResponse(opened=opened))
+        return session
+
+    def _step(self, session: Session, message: pb.Step) -> None:
+        """Run a step, evicting dropped sessions if that makes room for it."""
+        while True:
+            try:
+                return session.step(message)
+            except KvFullError as error:
+                if not self._evict():
+                    raise Refusal(
+                        grpc.StatusCode.RESOURCE_EXHAUSTED,
+                        f"the KV cache is full ({error}); try again later",
+                        retry_after_s=1.0,
+                    ) from None
+
+    def _evict(self) -> bool:
+        """Free the session that was dropped longest ago; return whether there was one."""
+        dropped = [s for s in self.sessions.values() if s.dropped_at is not None]
+        if not dropped:
+            return False
+        self._forget(min(dropped, key=lambda s: s.dropped_at or 0.0))
+        return True
+
+    def _leave(self, session: Session, finished: bool) -> None:
+        """An orderly end frees at once; a broken stream may come back within the grace period."""
+        if finished or self.config.grace_period_s == 0:
+            self._forget(session)
+        else:
+            session.drop()
+
+    def _forget(self, session: Session) -> None:
+        self.sessions.pop(session.id, None)
+        session.close()
+
+    async def _read(self, context: Context) -> pb.DecodeRequest | None:
+        """Return the next message, None at the stream's orderly end."""
+        raw = await context.read()
+        if raw is grpc.aio.EOF:
+            return None
+        self.traffic.messages_in += 1
+        self.traffic.bytes_in += len(raw) + FRAME_BYTES
+        return _parse(pb.DecodeRequest, raw)
+
+    async def _write(self, session: Session, context: Context, cut_off: Callable[[], object]) -> None:
+        """Send what the session has to say; an edge that does not read is cut off."""
+        loop = asyncio.get_running_loop()
+        while True:
+            raw = (await session.outbox.get()).SerializeToString()
+            timer = loop.call_later(self.config.write_timeout_s, cut_off)
+            await context.write(raw)
+            timer.cancel()
+            self.traffic.messages_out += 1
+            self.traffic.bytes_out += len(raw) + FRAME_BYTES
+
+
+def fingerprint_message(fingerprint: Fingerprint) -> pb.Fingerprint:
+    """Return a fingerprint as a message."""
+    return pb.Fingerprint(
+        root=fingerprint.root,
+        plan=fingerprint.plan,
+        lowrank=fingerprint.lowrank,
+        layers=fingerprint.layers,
+        edge=fingerprint.edge,
+    )
+
+
+def fingerprint_of(message: pb.Fingerprint) -> Fingerprint:
+    """Return a message's fingerprint."""
+    return Fingerprint(plan=message.plan, lowrank=message.lowrank, layers=message.layers, edge=message.edge)
+
+
+def _read_piece(path: Path, offset: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(PART_PIECE_BYTES)
+
+
+def _parse(kind: type[M], raw: bytes) -> M:
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise invalid(f"{len(raw)} bytes that are not a {kind.DESCRIPTOR.name}") from None
+
+
+async def _abort(context: Context, refusal: Refusal) -> None:
+    trailers = []
+    if refusal.retry_after_s is not None:
+        trailers.append(("retry-after-ms", str(int(refusal.retry_after_s * 1000))))
+    await context.abort(refusal.code, refusal.message, trailing_metadata=tuple(trailers))

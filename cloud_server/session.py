@@ -1,0 +1,267 @@
+"""One edge's session: its rows in the KV cache and its steps in flight.
+
+Checks every message against the plan and the limits before anything is changed. Knows nothing about
+gRPC streams; what it has to say goes to ``outbox``.
+"""
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import grpc
+from torch import Tensor
+
+from cloud_server.engine import Engine
+from cloud_server.kv_cache import Row
+from cloud_server.step import RowSpan, Step
+from shared import wire
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
+
+
+class Refusal(Exception):
+    """A request that is answered with a status and a message, and harms nobody else."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code, self.message, self.retry_after_s = code, message, retry_after_s
+
+
+def invalid(message: str) -> Refusal:
+    """Return a refusal of a message that can never be right."""
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on one session, stated in ``Describe``. Positions unless said otherwise."""
+
+    max_context_tokens: int
+    max_step_tokens: int
+    max_rows: int
+    max_steps_in_flight: int
+
+
+class Outbox:
+    """Messages on their way to one edge, in order."""
+
+    def __init__(self) -> None:
+        self._messages: deque[pb.DecodeResponse] = deque()
+        self._filled = asyncio.Event()
+
+    def put(self, message: pb.DecodeResponse) -> None:
+        """Add a message; never waits."""
+        self._messages.append(message)
+        self._filled.set()
+
+    async def get(self) -> pb.DecodeResponse:
+        """Return the next message."""
+        while not self._messages:
+            self._filled.clear()
+            await self._filled.wait()
+        return self._messages.popleft()
+
+    def clear(self) -> None:
+        """Forget what was not sent: the stream is gone."""
+        self._messages.clear()
+
+
+@dataclass(eq=False)
+class Session:
+    """One edge's rows and steps."""
+
+    plan: Plan
+    wire_dtype: "pb.Dtype.ValueType"
+    limits: Limits
+    engine: Engine
+    id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    rows: list[Row] = field(default_factory=list)
+    steps: dict[int, Step] = field(default_factory=dict)  # in flight, by number
+    last_number: int = -1
+    outbox: Outbox = field(default_factory=Outbox)
+    dropped_at: float | None = None  # when the stream was lost, None while connected
+
+    def step(self, message: pb.Step) -> None:
+        """Check a new step, make room for it and hand it to the engine.
+
+        Raises
+        ------
+        Refusal
+            With nothing changed.
+        KvFullError
+            If the cache has no room, with nothing changed but rows that grew empty blocks.
+        """
+        spans = self._checked_spans(message)
+        tokens = sum(span.count for span in spans)
+        hidden = self._tensor(message.hidden, (tokens, self.plan.hidden_size), "hidden")
+        known = {
+            answer.layer: self._residual(answer, tokens) for answer in message.residual_codes
+        }
+        self._cancel_overwritten(spans)
+        if len(self.steps) >= self.limits.max_steps_in_flight:
+            raise invalid(f"more than {self.limits.max_steps_in_flight} steps in flight; wait for answers")
+        if message.parents:
+            self._rearrange(message.parents)
+        while len(self.rows) <= max(span.row for span in spans):
+            self.rows.append(Row())
+        row_spans = []
+        for span in spans:
+            row = self.rows[span.row]
+            if span.start < row.length:
+                self.engine.cache.crop(row, span.start)
+            self.engine.cache.reserve(row, span.start, span.start + span.count)
+            row_spans.append(RowSpan(row, span.start, span.count, span.keep))
+        for span in row_spans:
+            span.row.length = span.start + span.count
+        step = Step(
+            number=message.step,
+            plan=self.plan,
+            spans=tuple(row_spans),
+            hidden=hidden,
+            on_codes=self._send_codes,
+            on_done=self._send_hidden,
+            before=next(reversed(self.steps.values()), None),
+            residual_codes=known,
+        )
+        self.last_number = message.step
+        self.steps[step.number] = step
+        self.engine.submit(step)
+
+    def answer(self, message: pb.ResidualCodes) -> None:
+        """Check residual codes and hand them to the engine.
+
+        Raises
+        ------
+        Refusal
+            If the step is not in flight, or does not wait for these layers, or the tensors are wrong.
+        """
+        step = self.steps.get(message.step)
+        if step is None:
+            if message.step <= self.last_number:
+                return  # a late answer to a step that was cancelled or overwritten
+            raise invalid(f"residual codes for step {message.step}, which was never sent")
+        if not message.residual_codes:
+            raise invalid("residual codes without any layer")
+        awaited = self.plan.fed_by(step.emitted) if step.emitted >= 0 else ()
+        answers = {}
+        for answer in message.residual_codes:
+            if answer.layer not in awaited or answer.layer < step.layer or answer.layer in step.residual_codes:
+                raise invalid(
+                    f"residual codes for layer {answer.layer} out of order: step {step.number} stands at layer "
+                    f"{step.layer} and waits for {[a for a in awaited if a not in step.residual_codes]}"
+                )
+            answers[answer.layer] = self._residual(answer, step.tokens)
+        self.engine.answer(step, answers)
+
+    def row_lengths(self) -> list[int]:
+        """Return the positions that each row really holds."""
+        return [row.written for row in self.rows]
+
+    def drop(self) -> None:
+        """The stream is gone: forget what is in flight, keep what is written."""
+        self._cancel(list(self.steps.values()))
+        for row in self.rows:
+            if row.written < row.length:
+                row.length = row.written
+        self.outbox.clear()
+        self.dropped_at = time.monotonic()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._cancel(list(self.steps.values()))
+        while self.rows:
+            self.engine.cache.free(self.rows.pop())
+
+    def _checked_spans(self, message: pb.Step) -> list[pb.Span]:
+        limits = self.limits
+        if message.step <= self.last_number:
+            raise invalid(f"step number {message.step} is not above the last one, {self.last_number}")
+        spans = list(message.spans)
+        if not spans or len(spans) > limits.max_rows:
+            raise invalid(f"a step has 1 to {limits.max_rows} spans, got {len(spans)}")
+        tokens = sum(span.count for span in spans)
+        if tokens > limits.max_step_tokens:
+            raise invalid(f"a step has at most {limits.max_step_tokens} positions, got {tokens}; send it in chunks")
+        if len(message.parents) > limits.max_rows:
+            raise invalid(f"a session has at most {limits.max_rows} rows, got {len(message.parents)} parents")
+        if any(parent >= len(self.rows) for parent in message.parents):
+            raise invalid(f"parents name rows beyond the session's {len(self.rows)}")
+        lengths = [row.length for row in self.rows]
+        if message.parents:
+            lengths = [lengths[parent] for parent in message.parents]
+        seen = set()
+        for span in spans:
+            if span.count < 1 or span.keep > span.count:
+                raise invalid(f"a span has count >= 1 and keep <= count, got {span.count} and {span.keep}")
+            if span.row in seen or span.row >= limits.max_rows:
+                raise invalid(f"row {span.row} is named twice or beyond the {limits.max_rows} a session may have")
+            seen.add(span.row)
+            length = lengths[span.row] if span.row < len(lengths) else 0
+            if span.start > length:
+                raise Refusal(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"position gap: row {span.row} holds {length} positions, the step starts at {span.start}",
+                )
+            if span.start + span.count > limits.max_context_tokens:
+                raise Refusal(
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"row {span.row} would hold {span.start + span.count} positions; the context ends at "
+                    f"{limits.max_context_tokens}",
+                )
+        if max(seen) >= len(lengths) + len(seen - set(range(len(lengths)))):
+            raise invalid("rows are numbered without gaps")
+        return spans
+
+    def _tensor(self, message: pb.Tensor, shape: tuple[int, int], what: str) -> Tensor:
+        try:
+            tensor = wire.decode(message, dtype=self.wire_dtype, shape=shape, what=what)
+        except wire.WireError as error:
+            raise invalid(str(error)) from None
+        backbone = self.engine.backbone
+        return tensor.to(device=backbone.device, dtype=backbone.dtype)
+
+    def _residual(self, answer: pb.LayerCodes, tokens: int) -> Tensor:
+        if answer.layer not in self.plan.adapted_layers:
+            raise invalid(f"layer {answer.layer} is not adapted in plan {self.plan.name!r}")
+        shape = (tokens, self.plan.residual_width)
+        return self._tensor(answer.codes, shape, f"residual codes of layer {answer.layer}")
+
+    def _cancel_overwritten(self, spans: list[pb.Span]) -> None:
+        """Cancel steps in flight from the first one whose positions the new step overwrites."""
+        starts = {id(self.rows[span.row]): span.start for span in spans if span.row < len(self.rows)}
+        for number, step in self.steps.items():
+            if any(starts.get(id(s.row), s.start + s.count) < s.start + s.count for s in step.spans):
+                self._cancel([later for n, later in self.steps.items() if n >= number])
+                return
+
+    def _cancel(self, steps: list[Step]) -> None:
+        for step in steps:
+            self.engine.cancel(step)
+            self.steps.pop(step.number, None)
+
+    def _rearrange(self, parents: Iterable[int]) -> None:
+        """Make row i continue old row parents[i]."""
+        if self.steps:
+            raise invalid("rows cannot be rearranged while steps are in flight")
+        old, used, new = self.rows, set[int](), []
+        for parent in parents:
+            new.append(self.engine.cache.fork(old[parent]) if parent in used else old[parent])
+            used.add(parent)
+        for index, row in enumerate(old):
+            if index not in used:
+                self.engine.cache.free(row)
+        self.rows = new
+
+    def _send_codes(self, step: Step, layer: int, codes: Tensor) -> None:
+        message = pb.Codes(step=step.number, layer=layer, codes=wire.encode(codes, self.wire_dtype))
+        self.outbox.put(pb.DecodeResponse(codes=message))
+
+    def _send_hidden(self, step: Step, hidden: Tensor) -> None:
+        self.steps.pop(step.number, None)
+        for span in step.spans:
+            span.row.written = span.start + span.count
+        message = pb.Hidden(step=step.number, hidden=wire.encode(hidden, self.wire_dtype))
+        self.outbox.put(pb.DecodeResponse(hidden=message))

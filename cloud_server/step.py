@@ -1,0 +1,96 @@
+"""A step on its way through the layers, and the slices of it that are scheduled.
+
+A step is everything that happens for one chunk of new positions of one session. It holds what the
+layers have made of it so far. Knows nothing about the network or about other steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cloud_server.kv_cache import Row
+from shared.plan import Plan
+
+
+@dataclass(frozen=True)
+class RowSpan:
+    """``count`` new positions of ``row``, from ``start``; the last ``keep`` return their hidden state."""
+
+    row: Row
+    start: int
+    count: int
+    keep: int
+
+
+@dataclass(eq=False)
+class Step:
+    """One chunk of new positions of one session.
+
+    ``hidden`` is the input of decoder layer ``layer``; rows ``0..offset-1`` of it are already that
+    layer's output when a slice has run. ``stash`` holds the base q, k, v products of ``layer``
+    while its codes are in flight.
+    """
+
+    number: int
+    plan: Plan
+    spans: tuple[RowSpan, ...]
+    hidden: Tensor  # (tokens, hidden_size)
+    on_codes: Callable[["Step", int, Tensor], None]
+    on_done: Callable[["Step", Tensor], None]
+    before: "Step | None" = None  # the session's previous step: its keys and values must be there first
+    layer: int = 0
+    offset: int = 0
+    stash: Tensor | None = None  # (tokens, q_dim + 2 * kv_dim)
+    residual_codes: dict[int, Tensor] = field(default_factory=dict)  # layer -> (tokens, residual_width)
+    emitted: int = -1  # last layer whose codes were sent
+    cancelled: bool = False
+    is_running: bool = False  # a slice of it is on the torch thread
+    ready_since: float = 0.0
+    positions: Tensor = field(init=False)  # (tokens,)
+    rotary: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Lay the spans' positions end to end."""
+        ranges = [torch.arange(s.start, s.start + s.count) for s in self.spans]
+        self.positions = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+        self.layer = self.plan.cloud_layers.start
+
+    @property
+    def tokens(self) -> int:
+        """New positions of all rows together."""
+        return self.hidden.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """New positions of the longest row: 1 for a decoded token, however many beams."""
+        return max(span.count for span in self.spans)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every layer of the cloud has run."""
+        return self.layer >= self.plan.cloud_layers.stop
+
+    def kept_hidden(self) -> Tensor:
+        """Return the hidden states that the edge asked for: ``(sum of keep, hidden_size)``."""
+        ends, kept = 0, []
+        for span in self.spans:
+            ends += span.count
+            kept.append(self.hidden[ends - span.keep : ends])
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+    def must_emit(self) -> bool:
+        """Whether this layer's codes have to be sent: the plan says so and their answer is not here yet."""
+        return (
+            self.layer in self.plan.exchange_layers
+            and self.emitted != self.layer
+            and any(layer not in self.residual_codes for layer in self.plan.fed_by(self.layer))
+        )
+
+    def is_blocked(self) -> bool:
+        """Whether this layer waits for the edge or for the session's previous step."""
+        if self.layer in self.plan.adapted_layers and self.layer not in self.residual_codes:
+            return True
+        before = self.before
+        return before is not None and not before.finished and before.layer <= self.layer
