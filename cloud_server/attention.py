@@ -21,7 +21,14 @@ class Attends(Protocol):
     """What a batch must offer: attention of its own tokens at one layer."""
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """Return ``(heads, tokens, head_dim)`` for ``q (heads, tokens, head_dim)``."""
 
@@ -39,8 +46,9 @@ def ragged_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as a transformers attention function does: ``(1, heads, tokens, head_dim)`` in,
-    ``(1, tokens, heads, head_dim)`` out. ``attention_mask`` is unused: ``batch`` knows what is visible.
+    """Attend as transformers asks: ``(1, heads, tokens, head_dim)`` in, ``(1, tokens, heads, head_dim)`` out.
+
+    ``attention_mask`` is unused: ``batch`` knows what is visible.
     """
     out = batch.attend(
         module.layer_idx,  # type: ignore[arg-type]
@@ -82,7 +90,14 @@ class CachedAttention:
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """Write k and v of the new positions, then attend row by row."""
         pool = self.cache.keys_values(layer)  # (2, kv_heads, slots, head_dim)
@@ -107,10 +122,8 @@ class CachedAttention:
         else:
             kv = pool.index_select(2, part.row.slots(part.end)[first:].to(pool.device))
         k, v = kv[0], kv[1]  # (kv_heads, visible, head_dim)
-        if part.hi - part.lo == 1:
-            mask = None  # one position sees all that is there
-        else:
-            mask = self._mask(index, first, window, q.device)
+        alone = part.hi - part.lo == 1  # one position sees all that is there
+        mask = None if alone else self._mask(index, first, window, q.device)
         return attend_one(q, k, v, scale, mask, softcap)
 
     def _mask(self, index: int, first: int, window: int | None, device: torch.device) -> Tensor:
@@ -167,4 +180,3 @@ def attend_one(
             logits = logits.masked_fill(~mask, float("-inf"))
         out = torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype) @ v
     return out.reshape(heads, tokens, head_dim)
-

@@ -56,11 +56,14 @@ class Layer:
 
     def __init__(self, module: nn.Module, kind: str) -> None:
         attention, norm = getattr(module, "self_attn", None), getattr(module, "input_layernorm", None)
-        if attention is None or norm is None or not (
-            hasattr(attention, "qkv_proj") or all(hasattr(attention, f"{p}_proj") for p in "qkv")
+        if (
+            attention is None
+            or norm is None
+            or not (hasattr(attention, "qkv_proj") or all(hasattr(attention, f"{p}_proj") for p in "qkv"))
         ):
             raise UnsupportedModelError(
-                f"{type(module).__name__} has no self_attn with q/k/v (or qkv) projections behind an input_layernorm"
+                f"{type(module).__name__} has no self_attn with q/k/v (or qkv) projections "
+                "behind an input_layernorm"
             )
         self.module, self.kind, self.norm = module, kind, norm
         module.input_layernorm = Handed()  # the norm runs in front, for the codes; here h passes through
@@ -78,9 +81,11 @@ class Layer:
         """Return the base q|k|v products of ``x (tokens, hidden_size)``: ``(tokens, q_dim + 2 kv_dim)``."""
         return F.linear(x, self.weight, self.bias)
 
-    def __call__(self, hidden: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], batch: CachedAttention) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], batch: CachedAttention
+    ) -> Tensor:
         """Run the layer on ``hidden (tokens, hidden_size)`` with finished q, k, v products."""
-        for stand_in, part in zip(self.handed, qkv.split(self.widths, dim=1), strict=True):
+        for stand_in, part in zip(self.handed, torch.split(qkv, self.widths, dim=1), strict=True):
             stand_in.value = part[None]
         out: Tensor = self.module(
             hidden[None], attention_mask=None, position_embeddings=rotary, past_key_values=None, batch=batch
@@ -120,7 +125,9 @@ class Backbone:
         config = checkpoint.config
         config._attn_implementation = ATTENTION_NAME
         with torch.device("meta"):  # the skeleton costs no memory; layers get their tensors one by one
-            skeleton = AutoModel.from_config(config, attn_implementation=ATTENTION_NAME)
+            skeleton = AutoModel.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=ATTENTION_NAME
+            )
         kinds = layer_types(config)
         names = {
             name: (layer, local)
@@ -204,10 +211,8 @@ class Backbone:
     def _products(self, layer: Layer, number: int, hidden: Tensor, slices: Sequence[Slice]) -> Tensor:
         """Return q|k|v with every residual added: ``(tokens, q_dim + 2 kv_dim)``."""
         stashes = [s.step.stash[s.lo : s.hi] for s in slices if s.step.stash is not None]
-        if len(stashes) == len(slices):
-            qkv = _cat(stashes)
-        else:  # no codes were emitted here, or not by all: one product serves them together
-            qkv = layer.base(layer.norm(hidden))
+        # Where no codes were emitted, or not by all, one product serves them together.
+        qkv = _cat(stashes) if len(stashes) == len(slices) else layer.base(layer.norm(hidden))
         at = 0
         for s in slices:
             count = s.hi - s.lo
@@ -250,7 +255,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _split(tensor: Tensor, steps: Sequence[Step]) -> Sequence[Tensor]:
-    return (tensor,) if len(steps) == 1 else tensor.split([step.tokens for step in steps])
+    return (tensor,) if len(steps) == 1 else torch.split(tensor, [step.tokens for step in steps])
 
 
 def _parts(slices: Sequence[Slice]) -> list[Part]:

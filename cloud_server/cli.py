@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cloud_server.service import Service
 
 app = typer.Typer(
-    help="Host the frozen decoder layers of a language model. Edges keep their text, tokens and personal weights.",
+    help="Host the frozen decoder layers of a language model. Edges keep their text, tokens and weights M.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,11 +34,19 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="Packaged model name, Hugging Face folder, GGUF file, or hub id.")
     ] = None,
-    listen: Annotated[str | None, typer.Option(help="HOST:PORT to listen on; port 0 picks a free one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16: what to compute in.")] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT to listen on; port 0 picks a free one.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16: what to compute in.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps: what to compute on.")] = None,
-    kv_bytes: Annotated[int | None, typer.Option(help="Memory for keys and values of all sessions (bytes).")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the offered plan (elements); 64 by default.")] = None,
+    kv_bytes: Annotated[
+        int | None, typer.Option(help="Memory for keys and values of all sessions (bytes).")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the offered plan (elements); 64 by default.")
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="per_projection or fused.")] = None,
     plan: Annotated[
         list[str] | None,
@@ -53,7 +61,9 @@ def serve(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads; all cores by default.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Folder for models and A/B files.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings and more.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of these settings and more.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
@@ -116,7 +126,9 @@ def _run(settings: "CloudConfig") -> None:
 def _announce(address: str, service: "Service") -> None:
     plans = ", ".join(offer.plan.name for offer in service.offers.values())
     budget = service.engine.cache.bytes_total / 2**20
-    print(f"serving {service.config.model} on {address} (plans: {plans}; KV cache {budget:.0f} MiB)", flush=True)
+    print(
+        f"serving {service.config.model} on {address} (plans: {plans}; KV cache {budget:.0f} MiB)", flush=True
+    )
 
 
 def main() -> None:

@@ -54,13 +54,17 @@ class PlanConfig(BaseModel):
 class CloudConfig(BaseSettings):
     """Everything a cloud server can be told."""
 
-    model_config = SettingsConfigDict(env_prefix="PRIVATELORA_CLOUD_", env_nested_delimiter="__", extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="PRIVATELORA_CLOUD_", env_nested_delimiter="__", extra="forbid"
+    )
 
     model: str = Field(
         default="smollm2-135m-instruct",
         description="Packaged model name, Hugging Face folder, GGUF file or hub id",
     )
-    listen: str = Field(default="127.0.0.1:50051", description="Address to listen on (HOST:PORT; port 0 is any)")
+    listen: str = Field(
+        default="127.0.0.1:50051", description="Address to listen on (HOST:PORT; port 0 is any)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Element type the backbone computes in"
     )
@@ -71,11 +75,15 @@ class CloudConfig(BaseSettings):
         default=None, ge=1, description="Longest row (positions); the model's own limit if absent"
     )
     max_step_tokens: int = Field(default=512, ge=1, description="Most positions in one step (positions)")
-    max_rows: int = Field(default=64, ge=1, description="Most rows, beams or batch entries, a session (count)")
+    max_rows: int = Field(
+        default=64, ge=1, description="Most rows, beams or batch entries, a session (count)"
+    )
     max_sessions: int = Field(default=1024, ge=1, description="Most sessions, dropped ones included (count)")
     max_steps_in_flight: int = Field(default=8, ge=1, description="Most unfinished steps a session (count)")
     grace_period_s: float = Field(
-        default=60.0, ge=0, description="How long a dropped session's KV is held for it to come back (seconds)"
+        default=60.0,
+        ge=0,
+        description="How long a dropped session's KV is held for it to come back (seconds)",
     )
     write_timeout_s: float = Field(
         default=30.0, gt=0, description="An edge that reads nothing for this long is cut off (seconds)"
@@ -97,7 +105,7 @@ class CloudConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags win over environment, environment over the TOML file given by --config."""
+        """Let flags win over the environment, and the environment over the TOML file given by --config."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 

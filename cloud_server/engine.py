@@ -7,6 +7,7 @@ Knows nothing about gRPC, tokens or personal weights.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -86,7 +87,9 @@ class Engine:
                 short.setdefault((step.layer, step.must_emit()), []).append(step)
         if short:
             now = time.monotonic()
-            group = max(short.values(), key=lambda g: (now - g[0].ready_since > self.config.fairness_s, len(g)))
+            group = max(
+                short.values(), key=lambda g: (now - g[0].ready_since > self.config.fairness_s, len(g))
+            )
             return [Slice(step, 0, step.tokens) for step in group[: self.config.max_batch_steps]]
         if not self.ready:
             return []
@@ -144,9 +147,7 @@ class Engine:
                     break
                 if any(step.finished or step.must_emit() or step.is_blocked() for step in steps):
                     break
-        emitting = [
-            step for step in steps if step.offset == 0 and not step.finished and step.must_emit()
-        ]
+        emitting = [step for step in steps if step.offset == 0 and not step.finished and step.must_emit()]
         return list(zip(emitting, self.backbone.emit(emitting), strict=True)) if emitting else [], layers
 
     def reply(self, slices: list[Slice], emitted: list[tuple[Step, Tensor]]) -> None:
@@ -206,7 +207,5 @@ class BatchStatistics:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
+    with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
         await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        pass

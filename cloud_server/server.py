@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grpc
 import torch
@@ -19,6 +19,7 @@ from cloud_server.service import SERVICE_NAME, Offer, Service
 from cloud_server.session import Limits
 from shared import edge_parts, fingerprint, lowrank, models
 from shared.checkpoint import Checkpoint
+from shared.lowrank import LowRank
 from shared.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -79,19 +80,23 @@ def build_service(config: CloudConfig, *, progress: bool = True) -> Service:
     backbone = Backbone(checkpoint, plans, dtype=dtype, device=config.device, progress=progress)
     cache = KvCache(backbone.geometry, backbone.served, config.kv_bytes, dtype, backbone.device)
     return Service(
-        config, Engine(backbone, cache, config.engine), offers, parts, limits_of(config, checkpoint, plans, cache)
+        config,
+        Engine(backbone, cache, config.engine),
+        offers,
+        parts,
+        limits_of(config, checkpoint, plans, cache),
     )
 
 
 def limits_of(
-    config: CloudConfig, checkpoint: Checkpoint, plans: dict[str, tuple[Plan, object]], cache: KvCache
+    config: CloudConfig, checkpoint: Checkpoint, plans: Mapping[str, tuple[Plan, LowRank]], cache: KvCache
 ) -> Limits:
     """Return bounds that fit the model, the KV budget and gRPC's message size."""
-    widest = max(
-        max(plan.hidden_size, plan.codes_width, plan.residual_width) for plan, _ in plans.values()
-    )
+    widest = max(max(plan.hidden_size, plan.codes_width, plan.residual_width) for plan, _ in plans.values())
     fits = (MAX_MESSAGE_BYTES - (64 << 10)) // (4 * widest)  # float32, with room for the rest of the message
-    context = min(config.max_context_tokens or checkpoint.geometry.max_positions, checkpoint.geometry.max_positions)
+    context = min(
+        config.max_context_tokens or checkpoint.geometry.max_positions, checkpoint.geometry.max_positions
+    )
     return Limits(
         max_context_tokens=min(context, cache.num_tokens),
         max_step_tokens=max(1, min(config.max_step_tokens, fits)),
@@ -116,13 +121,16 @@ async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
-        (SERVICE_NAME, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server
+        (SERVICE_NAME, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name),
+        server,
     )
-    host, _, port = config.listen.rpartition(":")
+    host = config.listen.rpartition(":")[0]
     try:
         bound = server.add_insecure_port(config.listen)
     except RuntimeError:
-        raise OSError(f"cannot listen on {config.listen}: the port is taken or the address is not ours") from None
+        raise OSError(
+            f"cannot listen on {config.listen}: the port is taken or the address is not ours"
+        ) from None
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

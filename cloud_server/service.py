@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SERVICE_NAME = "privatelora.v1.PrivateLoraService"
 FRAME_BYTES = 5  # gRPC's own header on each message
 PART_PIECE_BYTES = 1 << 20
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 M = TypeVar("M", bound=Message)
 
 
@@ -85,11 +85,14 @@ class Service:
             protocol_version=PROTOCOL_VERSION,
             server_version=__version__,
             plans=[
-                pb.PlanOffer(plan_json=o.plan.canonical_json(), fingerprint=fingerprint_message(o.fingerprint))
+                pb.PlanOffer(
+                    plan_json=o.plan.canonical_json(), fingerprint=fingerprint_message(o.fingerprint)
+                )
                 for o in self.offers.values()
             ],
             edge_parts=[
-                pb.EdgePart(name=part.name, size_bytes=part.size, sha256=part.sha256) for part in self.edge_parts
+                pb.EdgePart(name=part.name, size_bytes=part.size, sha256=part.sha256)
+                for part in self.edge_parts
             ],
             limits=pb.Limits(
                 max_context_tokens=self.limits.max_context_tokens,
@@ -140,7 +143,9 @@ class Service:
                 elif message.HasField("step"):
                     self._step(session, message.step)
                 elif message.HasField("open"):
-                    raise invalid("open is the first message, and only the first; this session is open already")
+                    raise invalid(
+                        "open is the first message, and only the first; this session is open already"
+                    )
                 else:
                     raise invalid("an empty message: expected a step or residual codes")
         except Refusal as refusal:
@@ -184,8 +189,8 @@ class Service:
         if parts:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"fingerprint mismatch in {' and '.join(parts)}: your adapter or edge parts were made for another "
-                "model; use an adapter made for this cloud, or a cloud that serves yours",
+                f"fingerprint mismatch in {' and '.join(parts)}: your adapter or edge parts were made "
+                "for another model; use an adapter made for this cloud, or a cloud that serves yours",
             )
         if request.wire_dtype not in wire.TORCH_DTYPES:
             raise invalid(f"wire dtype must be one of {', '.join(wire.DTYPE_NAMES)}")
@@ -232,7 +237,7 @@ class Service:
         return True
 
     def _leave(self, session: Session, finished: bool) -> None:
-        """An orderly end frees at once; a broken stream may come back within the grace period."""
+        """Free at an orderly end; a broken stream may come back within the grace period."""
         if finished or self.config.grace_period_s == 0:
             self._forget(session)
         else:
@@ -245,7 +250,7 @@ class Service:
     async def _read(self, context: Context) -> pb.DecodeRequest | None:
         """Return the next message, None at the stream's orderly end."""
         raw = await context.read()
-        if raw is grpc.aio.EOF:
+        if not isinstance(raw, bytes):  # grpc.aio.EOF
             return None
         self.traffic.messages_in += 1
         self.traffic.bytes_in += len(raw) + FRAME_BYTES
@@ -279,7 +284,8 @@ def fingerprint_of(message: pb.Fingerprint) -> Fingerprint:
     return Fingerprint(plan=message.plan, lowrank=message.lowrank, layers=message.layers, edge=message.edge)
 
 
-def _read_piece(path: Path, offset: int) -> bytes:
+def _read_piece(path: Path | None, offset: int) -> bytes:
+    assert path is not None, "a part that is served lies in a file"
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(PART_PIECE_BYTES)

@@ -97,9 +97,7 @@ class Session:
         spans = self._checked_spans(message)
         tokens = sum(span.count for span in spans)
         hidden = self._tensor(message.hidden, (tokens, self.plan.hidden_size), "hidden")
-        known = {
-            answer.layer: self._residual(answer, tokens) for answer in message.residual_codes
-        }
+        known = {answer.layer: self._residual(answer, tokens) for answer in message.residual_codes}
         self._cancel_overwritten(spans)
         if len(self.steps) >= self.limits.max_steps_in_flight:
             raise invalid(f"more than {self.limits.max_steps_in_flight} steps in flight; wait for answers")
@@ -114,8 +112,8 @@ class Session:
                 self.engine.cache.crop(row, span.start)
             self.engine.cache.reserve(row, span.start, span.start + span.count)
             row_spans.append(RowSpan(row, span.start, span.count, span.keep))
-        for span in row_spans:
-            span.row.length = span.start + span.count
+        for taken in row_spans:
+            taken.row.length = taken.start + taken.count
         step = Step(
             number=message.step,
             plan=self.plan,
@@ -148,10 +146,14 @@ class Session:
         awaited = self.plan.fed_by(step.emitted) if step.emitted >= 0 else ()
         answers = {}
         for answer in message.residual_codes:
-            if answer.layer not in awaited or answer.layer < step.layer or answer.layer in step.residual_codes:
+            if (
+                answer.layer not in awaited
+                or answer.layer < step.layer
+                or answer.layer in step.residual_codes
+            ):
                 raise invalid(
-                    f"residual codes for layer {answer.layer} out of order: step {step.number} stands at layer "
-                    f"{step.layer} and waits for {[a for a in awaited if a not in step.residual_codes]}"
+                    f"residual codes for layer {answer.layer} out of order: step {step.number} stands at "
+                    f"layer {step.layer} and waits for {[a for a in awaited if a not in step.residual_codes]}"
                 )
             answers[answer.layer] = self._residual(answer, step.tokens)
         self.engine.answer(step, answers)
@@ -161,7 +163,7 @@ class Session:
         return [row.written for row in self.rows]
 
     def drop(self) -> None:
-        """The stream is gone: forget what is in flight, keep what is written."""
+        """Forget what is in flight and keep what is written: the stream is gone."""
         self._cancel(list(self.steps.values()))
         for row in self.rows:
             if row.written < row.length:
@@ -184,7 +186,9 @@ class Session:
             raise invalid(f"a step has 1 to {limits.max_rows} spans, got {len(spans)}")
         tokens = sum(span.count for span in spans)
         if tokens > limits.max_step_tokens:
-            raise invalid(f"a step has at most {limits.max_step_tokens} positions, got {tokens}; send it in chunks")
+            raise invalid(
+                f"a step has at most {limits.max_step_tokens} positions, got {tokens}; send it in chunks"
+            )
         if len(message.parents) > limits.max_rows:
             raise invalid(f"a session has at most {limits.max_rows} rows, got {len(message.parents)} parents")
         if any(parent >= len(self.rows) for parent in message.parents):
@@ -197,7 +201,9 @@ class Session:
             if span.count < 1 or span.keep > span.count:
                 raise invalid(f"a span has count >= 1 and keep <= count, got {span.count} and {span.keep}")
             if span.row in seen or span.row >= limits.max_rows:
-                raise invalid(f"row {span.row} is named twice or beyond the {limits.max_rows} a session may have")
+                raise invalid(
+                    f"row {span.row} is named twice or beyond the {limits.max_rows} a session may have"
+                )
             seen.add(span.row)
             length = lengths[span.row] if span.row < len(lengths) else 0
             if span.start > length:

@@ -89,8 +89,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError("bidirectional attention is not supported: a decoder must be causal")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
-            "a quantised checkpoint cannot be split: its products are not plain matrices. Use the unquantised "
-            "checkpoint, or a GGUF file (dequantised on load)"
+            "a quantised checkpoint cannot be split: its products are not plain matrices. Use the unquantised"
+            " checkpoint, or a GGUF file (dequantised on load)"
         )
 
 

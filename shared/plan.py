@@ -39,7 +39,9 @@ class Plan(BaseModel):
     backbone: str = Field(min_length=1, description="Id of the model whose decoder layers are the backbone")
     num_layers: int = Field(ge=1, le=4096, description="Decoder layers of the whole model (count)")
     hidden_size: int = Field(ge=1, le=1 << 20, description="Width of hidden states (elements)")
-    head_layers: int = Field(default=0, ge=0, description="First decoder layers that live on the edge (count)")
+    head_layers: int = Field(
+        default=0, ge=0, description="First decoder layers that live on the edge (count)"
+    )
     tail_layers: int = Field(default=0, ge=0, description="Last decoder layers that live on the edge (count)")
     exchange_layers: Layers = Field(description="Layers where codes are emitted (indices)")
     adapted_layers: Layers = Field(description="Layers that get a residual (indices)")
@@ -73,9 +75,7 @@ class Plan(BaseModel):
         unused = set(self.exchange_layers) - {self.source_of(layer) for layer in self.adapted_layers}
         if unused:
             raise ValueError(f"exchange layers {sorted(unused)} feed no adapted layer")
-        if self.schedule == "per_layer" and not (
-            self.exchange_layers == self.adapted_layers == tuple(cloud)
-        ):
+        if self.schedule == "per_layer" and not (self.exchange_layers == self.adapted_layers == tuple(cloud)):
             raise ValueError("schedule per_layer exchanges and adapts every layer of the cloud")
         if self.schedule == "subset" and self.exchange_layers != self.adapted_layers:
             raise ValueError("schedule subset adapts exactly the exchanging layers")

@@ -102,4 +102,3 @@ def decode(message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[i
     if not buffer:
         return torch.empty(tuple(shape), dtype=torch_dtype)
     return torch.frombuffer(buffer, dtype=torch_dtype).view(tuple(shape))
-
