@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from cloud_server.kv_cache import BLOCK_TOKENS, KvCache, Row
+from cloud_server.kv_cache import KvCache, Table
 
 ATTENTION_NAME = "privatelora_ragged"
 
@@ -67,9 +67,9 @@ AttentionInterface.register(ATTENTION_NAME, ragged_attention)
 
 @dataclass
 class Part:
-    """Tokens ``lo..hi-1`` of a batch: positions ``start..`` of one row."""
+    """Tokens ``lo..hi-1`` of a batch: positions ``start..`` of the row with this block table."""
 
-    row: Row
+    table: Table
     lo: int
     hi: int
     start: int
@@ -102,7 +102,7 @@ class CachedAttention:
         """Write k and v of the new positions, then attend row by row."""
         pool = self.cache.keys_values(layer)  # (2, kv_heads, slots, head_dim)
         if self._slots is None:
-            self._slots = torch.cat([p.row.slots(p.end)[p.start :] for p in self.parts]).to(pool.device)
+            self._slots = torch.cat([p.table.slots(p.end)[p.start :] for p in self.parts]).to(pool.device)
         pool[0].index_copy_(1, self._slots, k)
         pool[1].index_copy_(1, self._slots, v)
         outs = [
@@ -116,11 +116,11 @@ class CachedAttention:
     ) -> Tensor:
         part = self.parts[index]
         first = 0 if window is None else max(0, part.start + 1 - window)
-        if part.row.contiguous:
-            base = part.row.blocks[0] * BLOCK_TOKENS
+        if part.table.contiguous:
+            base = part.table.base
             kv = pool[:, :, base + first : base + part.end]
         else:
-            kv = pool.index_select(2, part.row.slots(part.end)[first:].to(pool.device))
+            kv = pool.index_select(2, part.table.slots(part.end)[first:].to(pool.device))
         k, v = kv[0], kv[1]  # (kv_heads, visible, head_dim)
         alone = part.hi - part.lo == 1  # one position sees all that is there
         mask = None if alone else self._mask(index, first, window, q.device)

@@ -7,7 +7,7 @@ personal weights or the network.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from cloud_server.attention import ATTENTION_NAME, CachedAttention, Part
-from cloud_server.kv_cache import KvCache
+from cloud_server.kv_cache import KvCache, Table
 from cloud_server.step import Step
 from shared.families import UnsupportedModelError, geometry, layer_types, rope_parameters
 from shared.lowrank import LowRank
@@ -25,13 +25,18 @@ from shared.plan import Plan
 
 
 class Handed(nn.Module):
-    """Stands in for a module of a decoder layer and hands out what was computed before the call."""
+    """Stands in for a projection of a decoder layer and hands out what was computed before the call.
 
-    value: Tensor | None = None
+    ``hand`` is a plain list: setting an attribute of a module costs ten microseconds, every layer.
+    """
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the handed value, or the input itself if there is none."""
-        return hidden if self.value is None else self.value
+    def __init__(self, hand: list[Tensor], index: int) -> None:
+        super().__init__()
+        self.hand, self.index = hand, index
+
+    def forward(self, _: Tensor) -> Tensor:
+        """Return the handed value: ``(1, tokens, out_features)``."""
+        return self.hand[self.index]
 
 
 @dataclass
@@ -41,6 +46,11 @@ class Slice:
     step: Step
     lo: int
     hi: int
+    tables: tuple[Table, ...] = field(init=False)  # one a span
+
+    def __post_init__(self) -> None:
+        """Keep the block tables: a session may crop or close while this runs on another thread."""
+        self.tables = tuple(span.row.table for span in self.step.spans)
 
     @property
     def whole(self) -> bool:
@@ -66,16 +76,16 @@ class Layer:
                 "behind an input_layernorm"
             )
         self.module, self.kind, self.norm = module, kind, norm
-        module.input_layernorm = Handed()  # the norm runs in front, for the codes; here h passes through
+        module.input_layernorm = nn.Identity()  # the norm runs in front, for the codes
         names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         linears: list[nn.Linear] = [getattr(attention, name) for name in names]
         self.weight = torch.cat([linear.weight.detach() for linear in linears])
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
         self.widths = [linear.out_features for linear in linears]
-        self.handed = [Handed() for _ in names]
-        for name, stand_in in zip(names, self.handed, strict=True):
-            setattr(attention, name, stand_in)
+        self.hand: list[Tensor] = []
+        for index, name in enumerate(names):
+            setattr(attention, name, Handed(self.hand, index))
 
     def base(self, x: Tensor) -> Tensor:
         """Return the base q|k|v products of ``x (tokens, hidden_size)``: ``(tokens, q_dim + 2 kv_dim)``."""
@@ -85,8 +95,7 @@ class Layer:
         self, hidden: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], batch: CachedAttention
     ) -> Tensor:
         """Run the layer on ``hidden (tokens, hidden_size)`` with finished q, k, v products."""
-        for stand_in, part in zip(self.handed, torch.split(qkv, self.widths, dim=1), strict=True):
-            stand_in.value = part[None]
+        self.hand[:] = torch.split(qkv[None], self.widths, dim=2)
         out: Tensor = self.module(
             hidden[None], attention_mask=None, position_embeddings=rotary, past_key_values=None, batch=batch
         )
@@ -263,10 +272,10 @@ def _parts(slices: Sequence[Slice]) -> list[Part]:
     parts, at = [], 0
     for s in slices:
         first = 0  # token of the step where the span begins
-        for span in s.step.spans:
+        for span, table in zip(s.step.spans, s.tables, strict=True):
             lo, hi = max(s.lo, first), min(s.hi, first + span.count)
             if lo < hi:
-                parts.append(Part(span.row, at + lo - s.lo, at + hi - s.lo, span.start + lo - first))
+                parts.append(Part(table, at + lo - s.lo, at + hi - s.lo, span.start + lo - first))
             first += span.count
         at += s.hi - s.lo
     return parts

@@ -74,6 +74,8 @@ class Engine:
                 self._wake.clear()
                 await _wait(self._wake, wait)
                 slices = self.gather()
+                if not slices:  # all of them were cancelled meanwhile
+                    continue
             emitted = await self._run(slices)
             self.reply(slices, emitted)
             await asyncio.sleep(0)  # codes go on the wire before the base products are computed
@@ -125,7 +127,7 @@ class Engine:
             emitted, layers = self._advance(slices)
         else:
             loop = asyncio.get_running_loop()
-            with self.cache.in_use():
+            with self.cache.in_use(table for s in slices for table in s.tables):
                 emitted, layers = await loop.run_in_executor(self._torch_thread, self._advance, slices)
         for s in slices:
             s.step.is_running = False
@@ -161,6 +163,7 @@ class Engine:
                 continue
             if step.finished:
                 self.steps.discard(step)
+                step.before = None  # or a stream that always has two in flight keeps all it ever sent
                 step.on_done(step, step.kept_hidden())
             elif s.hi == step.tokens or step.offset:
                 self._enqueue(step)

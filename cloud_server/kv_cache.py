@@ -5,7 +5,7 @@ blocks until one of them writes). Blocks are cleared before they change hands. K
 sessions, plans or the network.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,23 @@ class KvFullError(RuntimeError):
     """No free block is left within the byte budget."""
 
 
+class Table:
+    """A row's blocks at one moment. Never changes: a running slice keeps it while the row is cropped."""
+
+    def __init__(self, blocks: list[int]) -> None:
+        self.blocks = tuple(blocks)
+        self.base = blocks[0] * BLOCK_TOKENS if blocks else 0
+        self.contiguous = blocks == list(range(blocks[0], blocks[0] + len(blocks))) if blocks else True
+        self._slots: Tensor | None = None
+
+    def slots(self, end: int) -> Tensor:
+        """Return the pool slots of positions 0..end-1: ``(end,)`` int64."""
+        if self._slots is None:
+            first = torch.tensor(self.blocks, dtype=torch.int64)[:, None] * BLOCK_TOKENS
+            self._slots = (first + torch.arange(BLOCK_TOKENS)).reshape(-1)  # (blocks * BLOCK_TOKENS,)
+        return self._slots[:end]
+
+
 @dataclass(eq=False)
 class Row:
     """One sequence in the cache.
@@ -33,21 +50,18 @@ class Row:
     blocks: list[int] = field(default_factory=list)
     length: int = 0
     written: int = 0
-    contiguous: bool = True
-    _slots: Tensor | None = None
+    _table: Table | None = None
 
-    def slots(self, end: int) -> Tensor:
-        """Return the pool slots of positions 0..end-1: ``(end,)`` int64."""
-        if self._slots is None or self._slots.shape[0] != len(self.blocks) * BLOCK_TOKENS:
-            first = torch.tensor(self.blocks, dtype=torch.int64)[:, None] * BLOCK_TOKENS
-            self._slots = (first + torch.arange(BLOCK_TOKENS)).reshape(-1)  # (blocks * BLOCK_TOKENS,)
-        return self._slots[:end]
+    @property
+    def table(self) -> Table:
+        """The block table as it is now."""
+        if self._table is None:
+            self._table = Table(self.blocks)
+        return self._table
 
     def table_changed(self) -> None:
-        """Recompute what is derived from the block table."""
-        self._slots = None
-        first = self.blocks[0] if self.blocks else 0
-        self.contiguous = self.blocks == list(range(first, first + len(self.blocks)))
+        """Forget what was derived from the block table."""
+        self._table = None
 
 
 class KvCache:
@@ -91,7 +105,7 @@ class KvCache:
         self._users = np.zeros(self.num_blocks, dtype=np.int32)  # rows that hold each block
         self._dirty = np.zeros(self.num_blocks, dtype=bool)
         self.free_blocks = self.num_blocks
-        self._busy = False
+        self._held: set[int] = set()  # blocks that another thread may be writing to
         self._quarantine: list[int] = []
 
     @property
@@ -156,9 +170,7 @@ class KvCache:
         """Return a new row with the same content; blocks are shared until either writes."""
         for block in row.blocks:
             self._users[block] += 1
-        twin = Row(list(row.blocks), row.length, row.written)
-        twin.table_changed()
-        return twin
+        return Row(list(row.blocks), row.length, row.written)
 
     def free(self, row: Row) -> None:
         """Give all blocks of ``row`` back."""
@@ -190,21 +202,20 @@ class KvCache:
         return start if start == 0 else start + (end - start) // 2
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """While another thread may still write to a row's blocks, none that is freed changes hands."""
-        self._busy = True
+    def in_use(self, tables: Iterable[Table]) -> Iterator[None]:
+        """While another thread may write to these tables' blocks, none that is freed changes hands."""
+        self._held = {block for table in tables for block in table.blocks}
         try:
             yield
         finally:
-            self._busy = False
-            blocks, self._quarantine = self._quarantine, []
+            blocks, self._held, self._quarantine = self._quarantine, set(), []
             self._release(blocks)
 
     def _release(self, blocks: list[int]) -> None:
-        if self._busy:
-            self._quarantine += blocks
-            return
         for block in blocks:
+            if block in self._held:
+                self._quarantine.append(block)
+                continue
             self._users[block] -= 1
             if self._users[block] == 0:
                 self.free_blocks += 1

@@ -5,6 +5,7 @@ clear status too.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +18,6 @@ from google.protobuf.message import DecodeError, Message
 
 from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
-from cloud_server.kv_cache import KvFullError
 from cloud_server.session import Limits, Refusal, Session, invalid
 from shared import PROTOCOL_VERSION, __version__, wire
 from shared.edge_parts import EdgePart
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 SERVICE_NAME = "privatelora.v1.PrivateLoraService"
 FRAME_BYTES = 5  # gRPC's own header on each message
 PART_PIECE_BYTES = 1 << 20
+# gRPC ends the requests of a broken stream like those of a closed one, and cancels the handler just after.
+BROKEN_NOTICE_S = 0.01
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 M = TypeVar("M", bound=Message)
 
@@ -121,6 +123,10 @@ class Service:
         offset = request.offset_bytes
         while offset < part.size:
             piece = await asyncio.to_thread(_read_piece, part.path, offset)
+            if not piece:
+                await context.abort(
+                    grpc.StatusCode.DATA_LOSS, f"{part.name} has become shorter on the cloud's disk"
+                )
             offset += len(piece)
             yield pb.FetchEdgePartsResponse(data=piece).SerializeToString()
 
@@ -129,19 +135,28 @@ class Service:
         handler = cast("asyncio.Task[None]", asyncio.current_task())
         session: Session | None = None
         writer: asyncio.Task[None] | None = None
-        finished = False
+        finished = is_deaf = False
+
+        def cut_off() -> None:
+            nonlocal is_deaf
+            is_deaf = True
+            handler.cancel()
+
         try:
             session = self._open(await self._read(context))
-            writer = asyncio.create_task(self._write(session, context, cut_off=handler.cancel))
+            writer = asyncio.create_task(self._write(session, context, cut_off))
             writer.add_done_callback(lambda done: done.cancelled() or handler.cancel())
             while not finished:
+                if session.outbox.is_full:
+                    await session.outbox.has_room()  # or an edge that does not read fills our memory
                 message = await self._read(context)
                 if message is None:
+                    await asyncio.sleep(BROKEN_NOTICE_S)
                     finished = True
                 elif message.HasField("residual_codes"):
                     session.answer(message.residual_codes)
                 elif message.HasField("step"):
-                    self._step(session, message.step)
+                    session.step(message.step)
                 elif message.HasField("open"):
                     raise invalid(
                         "open is the first message, and only the first; this session is open already"
@@ -151,6 +166,13 @@ class Service:
         except Refusal as refusal:
             log.info("session refused: %s: %s", refusal.code.name, refusal.message)
             await _abort(context, refusal)
+        except asyncio.CancelledError:
+            if not is_deaf or session is None:
+                raise
+            self._leave(session, finished)  # before the farewell, which may wait for the edge too
+            session = None
+            await self._say_goodbye(context)
+            raise
         finally:
             if writer is not None:
                 writer.cancel()
@@ -209,24 +231,11 @@ class Service:
                     f"all {self.config.max_sessions} sessions are taken; try again later",
                     retry_after_s=1.0,
                 )
-            session = Session(offer.plan, request.wire_dtype, self.limits, self.engine)
+            session = Session(offer.plan, request.wire_dtype, self.limits, self.engine, self._evict)
             self.sessions[session.id] = session
         opened = pb.Opened(session_id=session.id, row_lengths=session.row_lengths())
         session.outbox.put(pb.DecodeResponse(opened=opened))
         return session
-
-    def _step(self, session: Session, message: pb.Step) -> None:
-        """Run a step, evicting dropped sessions if that makes room for it."""
-        while True:
-            try:
-                return session.step(message)
-            except KvFullError as error:
-                if not self._evict():
-                    raise Refusal(
-                        grpc.StatusCode.RESOURCE_EXHAUSTED,
-                        f"the KV cache is full ({error}); try again later",
-                        retry_after_s=1.0,
-                    ) from None
 
     def _evict(self) -> bool:
         """Free the session that was dropped longest ago; return whether there was one."""
@@ -235,6 +244,14 @@ class Service:
             return False
         self._forget(min(dropped, key=lambda s: s.dropped_at or 0.0))
         return True
+
+    async def _say_goodbye(self, context: Context) -> None:
+        """Tell an edge why it is cut off, in case that it reads after all."""
+        message = f"the edge read nothing for {self.config.write_timeout_s:g} seconds and was cut off"
+        log.info("session refused: %s", message)
+        refusal = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, message + "; open a new session and replay")
+        with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
+            await asyncio.wait_for(_abort(context, refusal), self.config.write_timeout_s)
 
     def _leave(self, session: Session, finished: bool) -> None:
         """Free at an orderly end; a broken stream may come back within the grace period."""

@@ -8,18 +8,20 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
 from torch import Tensor
 
 from cloud_server.engine import Engine
-from cloud_server.kv_cache import Row
+from cloud_server.kv_cache import KvFullError, Row
 from cloud_server.step import RowSpan, Step
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
+
+OUTBOX_MESSAGES = 16  # more than an edge that reads ever leaves waiting
 
 
 class Refusal(Exception):
@@ -51,6 +53,18 @@ class Outbox:
     def __init__(self) -> None:
         self._messages: deque[pb.DecodeResponse] = deque()
         self._filled = asyncio.Event()
+        self._taken = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits for the edge that no more should be asked of us."""
+        return len(self._messages) >= OUTBOX_MESSAGES
+
+    async def has_room(self) -> None:
+        """Wait until the edge has read enough."""
+        while self.is_full:
+            self._taken.clear()
+            await self._taken.wait()
 
     def put(self, message: pb.DecodeResponse) -> None:
         """Add a message; never waits."""
@@ -62,6 +76,7 @@ class Outbox:
         while not self._messages:
             self._filled.clear()
             await self._filled.wait()
+        self._taken.set()
         return self._messages.popleft()
 
     def clear(self) -> None:
@@ -77,6 +92,7 @@ class Session:
     wire_dtype: "pb.Dtype.ValueType"
     limits: Limits
     engine: Engine
+    make_room: Callable[[], bool] = lambda: False  # frees something in the cache; False if nothing can be
     id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     rows: list[Row] = field(default_factory=list)
     steps: dict[int, Step] = field(default_factory=dict)  # in flight, by number
@@ -90,17 +106,20 @@ class Session:
         Raises
         ------
         Refusal
-            With nothing changed.
-        KvFullError
-            If the cache has no room, with nothing changed but rows that grew empty blocks.
+            With nothing changed, unless the cache has no room: the session is then fit to be dropped only.
         """
         spans = self._checked_spans(message)
+        overwritten = self._overwritten(spans, message.parents)
+        self._check_positions(spans, message.parents, overwritten)
+        in_flight = len(self.steps) - len(overwritten)
+        if in_flight >= self.limits.max_steps_in_flight:
+            raise invalid(f"more than {self.limits.max_steps_in_flight} steps in flight; wait for answers")
+        if message.parents and in_flight:
+            raise invalid("rows cannot be rearranged while steps are in flight")
         tokens = sum(span.count for span in spans)
         hidden = self._tensor(message.hidden, (tokens, self.plan.hidden_size), "hidden")
         known = {answer.layer: self._residual(answer, tokens) for answer in message.residual_codes}
-        self._cancel_overwritten(spans)
-        if len(self.steps) >= self.limits.max_steps_in_flight:
-            raise invalid(f"more than {self.limits.max_steps_in_flight} steps in flight; wait for answers")
+        self._cancel(overwritten)
         if message.parents:
             self._rearrange(message.parents)
         while len(self.rows) <= max(span.row for span in spans):
@@ -110,7 +129,7 @@ class Session:
             row = self.rows[span.row]
             if span.start < row.length:
                 self.engine.cache.crop(row, span.start)
-            self.engine.cache.reserve(row, span.start, span.start + span.count)
+            self._reserve(row, span.start, span.start + span.count)
             row_spans.append(RowSpan(row, span.start, span.count, span.keep))
         for taken in row_spans:
             taken.row.length = taken.start + taken.count
@@ -150,6 +169,7 @@ class Session:
                 answer.layer not in awaited
                 or answer.layer < step.layer
                 or answer.layer in step.residual_codes
+                or answer.layer in answers
             ):
                 raise invalid(
                     f"residual codes for layer {answer.layer} out of order: step {step.number} stands at "
@@ -166,8 +186,7 @@ class Session:
         """Forget what is in flight and keep what is written: the stream is gone."""
         self._cancel(list(self.steps.values()))
         for row in self.rows:
-            if row.written < row.length:
-                row.length = row.written
+            self.engine.cache.crop(row, row.written)
         self.outbox.clear()
         self.dropped_at = time.monotonic()
 
@@ -193,9 +212,7 @@ class Session:
             raise invalid(f"a session has at most {limits.max_rows} rows, got {len(message.parents)} parents")
         if any(parent >= len(self.rows) for parent in message.parents):
             raise invalid(f"parents name rows beyond the session's {len(self.rows)}")
-        lengths = [row.length for row in self.rows]
-        if message.parents:
-            lengths = [lengths[parent] for parent in message.parents]
+        rows = len(message.parents) or len(self.rows)
         seen = set()
         for span in spans:
             if span.count < 1 or span.keep > span.count:
@@ -205,21 +222,36 @@ class Session:
                     f"row {span.row} is named twice or beyond the {limits.max_rows} a session may have"
                 )
             seen.add(span.row)
-            length = lengths[span.row] if span.row < len(lengths) else 0
+        if max(seen) >= rows + len(seen - set(range(rows))):
+            raise invalid("rows are numbered without gaps")
+        return spans
+
+    def _check_positions(self, spans: list[pb.Span], parents: Sequence[int], overwritten: list[Step]) -> None:
+        """Refuse a span that leaves a gap behind what its row holds once overwritten steps are gone."""
+        held = {id(row): row.length for row in self.rows}
+        for step in overwritten:
+            for s in step.spans:
+                held[id(s.row)] = min(held[id(s.row)], s.start)
+        for span in spans:
+            row = self._old_row(span.row, parents)
+            length = 0 if row is None else held[id(row)]
             if span.start > length:
                 raise Refusal(
                     grpc.StatusCode.FAILED_PRECONDITION,
                     f"position gap: row {span.row} holds {length} positions, the step starts at {span.start}",
                 )
-            if span.start + span.count > limits.max_context_tokens:
+            if span.start + span.count > self.limits.max_context_tokens:
                 raise Refusal(
                     grpc.StatusCode.OUT_OF_RANGE,
                     f"row {span.row} would hold {span.start + span.count} positions; the context ends at "
-                    f"{limits.max_context_tokens}",
+                    f"{self.limits.max_context_tokens}",
                 )
-        if max(seen) >= len(lengths) + len(seen - set(range(len(lengths)))):
-            raise invalid("rows are numbered without gaps")
-        return spans
+
+    def _old_row(self, index: int, parents: Sequence[int]) -> Row | None:
+        """Return the row that row ``index`` of a new step continues; None if that one is new."""
+        if parents:
+            return self.rows[parents[index]] if index < len(parents) else None
+        return self.rows[index] if index < len(self.rows) else None
 
     def _tensor(self, message: pb.Tensor, shape: tuple[int, int], what: str) -> Tensor:
         try:
@@ -235,23 +267,39 @@ class Session:
         shape = (tokens, self.plan.residual_width)
         return self._tensor(answer.codes, shape, f"residual codes of layer {answer.layer}")
 
-    def _cancel_overwritten(self, spans: list[pb.Span]) -> None:
-        """Cancel steps in flight from the first one whose positions the new step overwrites."""
-        starts = {id(self.rows[span.row]): span.start for span in spans if span.row < len(self.rows)}
+    def _overwritten(self, spans: list[pb.Span], parents: Sequence[int]) -> list[Step]:
+        """Return the steps in flight from the first one whose positions a new step overwrites."""
+        starts: dict[int, int] = {}
+        for span in spans:
+            row = self._old_row(span.row, parents)
+            starts[id(row)] = min(span.start, starts.get(id(row), span.start))
         for number, step in self.steps.items():
             if any(starts.get(id(s.row), s.start + s.count) < s.start + s.count for s in step.spans):
-                self._cancel([later for n, later in self.steps.items() if n >= number])
-                return
+                return [later for n, later in self.steps.items() if n >= number]
+        return []
 
     def _cancel(self, steps: list[Step]) -> None:
+        """Drop steps, and the positions that they would have written."""
         for step in steps:
             self.engine.cancel(step)
             self.steps.pop(step.number, None)
+            for span in step.spans:
+                self.engine.cache.crop(span.row, min(span.row.length, span.start))
+
+    def _reserve(self, row: Row, start: int, end: int) -> None:
+        while True:
+            try:
+                return self.engine.cache.reserve(row, start, end)
+            except KvFullError as error:
+                if not self.make_room():
+                    raise Refusal(
+                        grpc.StatusCode.RESOURCE_EXHAUSTED,
+                        f"the KV cache is full ({error}); try again later",
+                        retry_after_s=1.0,
+                    ) from None
 
     def _rearrange(self, parents: Iterable[int]) -> None:
         """Make row i continue old row parents[i]."""
-        if self.steps:
-            raise invalid("rows cannot be rearranged while steps are in flight")
         old, used, new = self.rows, set[int](), []
         for parent in parents:
             new.append(self.engine.cache.fork(old[parent]) if parent in used else old[parent])

@@ -89,6 +89,16 @@ class Comparison:
         return "\n".join(lines + [f"  {difference}" for difference in self.differences])
 
 
+def combined(verdicts: Sequence[Comparison]) -> Comparison:
+    """Return the verdict over several comparisons; prompts keep the numbers of their own comparison."""
+    return Comparison(
+        tokens=sum(verdict.tokens for verdict in verdicts),
+        prompts=sum(verdict.prompts for verdict in verdicts),
+        smallest_gap=min((verdict.smallest_gap for verdict in verdicts), default=float("inf")),
+        differences=[difference for verdict in verdicts for difference in verdict.differences],
+    )
+
+
 @torch.no_grad()
 def greedy(model: Any, prompt: Sequence[int], new_tokens: int, **options: Any) -> Greedy:
     """Generate exactly ``new_tokens`` greedy tokens with plain Hugging Face ``generate``.

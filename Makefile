@@ -1,0 +1,123 @@
+# PrivateLoRA. `make demo` runs the main job, `make test` checks everything, `make help` lists the rest.
+# Needs make and Python >= 3.10 with pip; everything else goes into .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+# torch goes in first and pinned: an open range takes the newest build, with gigabytes of CUDA libraries.
+TORCH  ?= torch==2.13.0
+PYTHON ?=
+EXTRAS ?= cloud,edge
+MODEL   = smollm2-135m-instruct
+DTYPE   = float32
+PROMPT  = What is the capital of France?
+PIP    := $(PY) -m pip --disable-pip-version-check
+
+# OpenMP pools that spin while they wait slow down two processes that share cores, up to four times.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+export MODEL DTYPE PROMPT  # read by the shell, so that quotes in them are harmless
+
+RUN_STAMP   := $(VENV)/.stamp-run
+DEV_STAMP   := $(VENV)/.stamp-dev
+MODEL_STAMP := $(VENV)/.stamp-model-$(notdir $(MODEL))
+STUBS       := shared/pb/privatelora/v1
+PROTOC      := $(PY) -m grpc_tools.protoc -Ishared/pb=proto \
+  --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
+  --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc
+
+.PHONY: help demo chat model test lint format proto proto-check exact bench attacks install clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+# --- set-up ---------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    $$python -c 'import ensurepip, venv' 2>/dev/null || { \
+	      echo "$$python cannot make a virtual environment: install its venv module" \
+	        "(Debian, Ubuntu: apt install python3-venv), then run make again" >&2; exit 1; }; \
+	    echo "setting up $(VENV) with $$($$python --version) (once; some minutes)"; \
+	    $$python -m venv $(VENV); exit 0; \
+	  fi; \
+	done; \
+	echo "no Python >= 3.10 found: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1
+
+$(RUN_STAMP): $(VENV)/bin/python pyproject.toml
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(RUN_STAMP)  ## make .venv with both sides installed (EXTRAS=cloud or edge: one side)
+
+RESOLVE     := $(PY) -c 'import sys; from shared.models import resolve; print(resolve(sys.argv[1]).folder)'
+
+$(MODEL_STAMP): $(RUN_STAMP)
+	@echo "preparing the model $$MODEL (once)"
+	@$(RESOLVE) "$$MODEL"
+	@touch '$@'
+
+model: $(RUN_STAMP)  ## fetch and unpack the default model (100 MB) into the user's cache
+	@$(RESOLVE) "$$MODEL"
+
+# --- run ------------------------------------------------------------------------------------------
+
+demo: $(MODEL_STAMP)  ## start a cloud on localhost, ask it one question from an edge, stop it
+	@$(PY) -m benchmarks.demo --model "$$MODEL" --dtype "$$DTYPE" generate --prompt "$$PROMPT"
+
+chat: $(MODEL_STAMP)  ## the same, as a conversation
+	@$(PY) -m benchmarks.demo --model "$$MODEL" --dtype "$$DTYPE" chat
+
+# --- check ----------------------------------------------------------------------------------------
+
+test: lint $(MODEL_STAMP)  ## lint, then unit and integration tests
+	$(PY) -m pytest tests/unit tests/integration
+
+lint: $(DEV_STAMP) proto-check  ## ruff, mypy --strict, buf, generated stubs up to date
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/buf lint
+	$(VENV)/bin/buf format --diff --exit-code
+
+format: $(DEV_STAMP)  ## let ruff and buf rewrite the sources
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/buf format --write
+
+# The virtual path shared/pb makes protoc write imports that resolve inside the package shared.pb.
+proto: $(DEV_STAMP)  ## generate shared/pb from proto/
+	$(PROTOC) --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
+	  shared/pb/privatelora/v1/private_lora.proto
+
+proto-check: $(DEV_STAMP)
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	$(PROTOC) --python_out="$$tmp" --grpc_python_out="$$tmp" --mypy_out=quiet:"$$tmp" \
+	  --mypy_grpc_out=quiet:"$$tmp" shared/pb/privatelora/v1/private_lora.proto; \
+	for f in "$$tmp"/$(STUBS)/*; do \
+	  cmp -s "$$f" "$(STUBS)/$$(basename "$$f")" || \
+	    { echo "$(STUBS)/$$(basename "$$f") does not match proto/: run 'make proto'" >&2; exit 1; }; \
+	done
+
+exact: $(DEV_STAMP)  ## 20 prompts x 64 tokens against the merged model, token by token (minutes)
+	$(PY) -m benchmarks.exact
+
+bench: $(DEV_STAMP)  ## speed and bytes against plain Hugging Face generate (minutes)
+	$(PY) -m benchmarks.loopback
+
+attacks: $(DEV_STAMP)  ## read a prompt and recover M from captured traffic
+	$(PY) -m benchmarks.read_prompt
+	$(PY) -m benchmarks.recover_m
+
+clean:  ## remove .venv and tool caches (the model cache in the user's folder stays)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

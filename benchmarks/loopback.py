@@ -1,0 +1,193 @@
+"""Loopback: the split model against plain Hugging Face ``generate`` on the same cores, alternating.
+
+One process is the driver: it holds the edge and, for comparison, the whole model. The other is the
+cloud. Every figure is a ratio of medians of runs taken in turn. Sessions are streams of the driver;
+heads are not batched across them, and the reference computes its head row by row too.
+
+    python -m benchmarks.loopback --dtype float32 --sessions 1 4 16
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from benchmarks.processes import CloudProcess, memory_bytes
+from edge_client.model import PrivateLoraForCausalLM
+from shared.models import resolve
+
+
+class Stopwatch(StoppingCriteria):
+    """Notes when each step of a ``generate`` ends; never stops it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        """Note the time of a step."""
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class RowByRow(nn.Module):
+    """A head that computes its rows one at a time, as separate edges would."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``(rows, positions, vocab)``."""
+        return torch.cat([self.head(row[None]) for row in hidden])
+
+
+class Prompts:
+    """Seeded random prompts, never one twice: an edge would continue from what the cloud still holds."""
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab, self.generator = vocab, torch.Generator().manual_seed(7)
+
+    def next(self, count: int, length: int) -> Tensor:
+        """Return ``(count, length)`` token ids."""
+        return torch.randint(10, self.vocab, (count, length), generator=self.generator)
+
+
+def decode(model: Any, prompts: Tensor, tokens: int) -> list[float]:
+    """Run one greedy ``generate`` and return when each of its steps ended."""
+    watch = Stopwatch()
+    model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        stopping_criteria=StoppingCriteriaList([watch]),
+        pad_token_id=0,
+    )
+    return watch.times
+
+
+def rate(times: list[float], rows: int = 1) -> float:
+    """Return tokens/s after the first token."""
+    return rows * (len(times) - 1) / (times[-1] - times[0])
+
+
+def decode_many(model: Any, prompts: Tensor, tokens: int) -> tuple[float, float]:
+    """Return aggregate tokens/s of one thread per session, and the slowest's share of the median."""
+    runs: list[list[float]] = []
+    threads = [
+        threading.Thread(target=lambda p=prompt: runs.append(decode(model, p[None], tokens)))  # type: ignore[misc]
+        for prompt in prompts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(runs) != len(threads):
+        raise RuntimeError(f"{len(threads) - len(runs)} of {len(threads)} sessions failed")
+    # From the last session's first token on, so that all decode; up to the first one's end.
+    begin, end = max(times[0] for times in runs), min(times[-1] for times in runs)
+    done = sum(1 for times in runs for t in times if begin < t <= end)
+    rates = [rate(times) for times in runs]
+    return done / (end - begin), min(rates) / statistics.median(rates)
+
+
+@torch.inference_mode()
+def prefill(model: Any, prompt: Tensor) -> float:
+    """Return tokens/s of one forward that wants the last logits only."""
+    started = time.perf_counter()
+    model(prompt, logits_to_keep=1)
+    return prompt.shape[1] / (time.perf_counter() - started)
+
+
+def in_turn(rounds: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+    """Run both alternately, after one warm-up each; return what each returned."""
+    ours(), theirs()
+    mine, other = [], []
+    for _ in range(rounds):
+        mine.append(ours())
+        other.append(theirs())
+    return mine, other
+
+
+def main() -> None:
+    """Run the benchmark and print its figures as one JSON line last."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--sessions", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens a run")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--prefill-tokens", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--layout", default="per_projection", choices=("per_projection", "fused"))
+    arguments = parser.parse_args()
+    checkpoint = resolve(arguments.model)
+    serve = ["--rank", str(arguments.rank), "--layout", arguments.layout, "--kv-bytes", str(400 << 20)]
+    figures: dict[str, Any] = {"dtype": arguments.dtype, "rank": arguments.rank, "layout": arguments.layout}
+    with (
+        CloudProcess(arguments.model, arguments.dtype, serve) as cloud,
+        PrivateLoraForCausalLM.from_cloud(cloud.address) as split,
+    ):
+        figures["edge_rss_mib"] = memory_bytes()[0] >> 20
+        plain = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=getattr(torch, arguments.dtype))
+        figures["edge_and_reference_rss_mib"] = memory_bytes()[0] >> 20
+        vocab = checkpoint.geometry.vocab_size
+        prompts = Prompts(vocab)
+        figures["prefill"] = compared(
+            *in_turn(
+                arguments.rounds,
+                lambda: prefill(split, prompts.next(1, arguments.prefill_tokens)),
+                lambda: prefill(plain, prompts.next(1, arguments.prefill_tokens)),
+            )
+        )
+        for count in arguments.sessions:
+
+            def ours(count: int = count) -> tuple[float, float]:
+                return decode_many(split, prompts.next(count, arguments.prompt_tokens), arguments.tokens)
+
+            def theirs(count: int = count) -> float:
+                return rate(
+                    decode(plain, prompts.next(count, arguments.prompt_tokens), arguments.tokens), count
+                )
+
+            head = plain.lm_head
+            plain.lm_head = RowByRow(head) if count > 1 else head
+            many, reference = in_turn(arguments.rounds, ours, theirs)
+            plain.lm_head = head
+            figures[f"decode_{count}"] = compared([mine for mine, _ in many], reference)
+            figures[f"decode_{count}"]["slowest_of_median"] = round(min(share for _, share in many), 3)
+        figures["cloud_rss_mib"] = memory_bytes(cloud.pid)[0] >> 20
+    print(json.dumps(figures))
+
+
+def compared(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Return medians in tokens/s, and their ratio with the spread over the pairs."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    figures = {
+        "split": round(statistics.median(ours), 2),
+        "plain": round(statistics.median(theirs), 2),
+        "ratio": round(statistics.median(ours) / statistics.median(theirs), 3),
+        "pairs": [round(ratio, 3) for ratio in (ratios[0], ratios[-1])],
+    }
+    print(figures, flush=True)
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Start and stop the two real processes on localhost, as a person would from two terminals.
+
+Used by `make demo`, the integration tests and the benchmarks. Neither process knows that it is
+being measured: both are started through their command lines, and readiness is asked of the cloud's
+standard gRPC health service. Needs no torch.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 300.0  # the first start may fetch, unpack and factorise a model
+STOP_TIMEOUT_S = 10.0
+
+
+class ProcessError(RuntimeError):
+    """A process did not start, or ended with an error; carries the end of its log."""
+
+
+def free_port() -> int:
+    """Return a TCP port on localhost that nothing listens on at this moment."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def child_environment(overrides: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for a child: this one's, the repository on the path, passive OpenMP."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment.update(overrides or {})
+    return environment
+
+
+def is_serving(address: str, timeout_s: float = 1.0) -> bool:
+    """Ask the health service at `address` (host:port) whether the whole server is ready."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True
+            )
+        except grpc.RpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def memory_bytes(pid: int | str = "self") -> tuple[int, int]:
+    """Return (resident now, resident at its peak) of a process in bytes, from Linux's /proc."""
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+    )
+    now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+class CloudProcess:
+    """A cloud server as a child process, ready to serve inside the ``with`` block, gone after it.
+
+    Parameters
+    ----------
+    model : str
+        Packaged name, Hugging Face folder, GGUF file or hub id.
+    dtype : str
+        Compute dtype: float32, bfloat16 or float16.
+    arguments : sequence of str
+        Further arguments of ``privatelora-cloud serve``.
+    env : dict, optional
+        Environment variables to set for the child.
+    port : int, optional
+        Port to listen on; a free one by default. Give the old one to restart a cloud in place.
+    log : path, optional
+        File for the child's output, appended to; a temporary one by default.
+
+    Attributes
+    ----------
+    address : str
+        ``host:port`` to point an edge at.
+    pid : int
+        Process id of the running child.
+
+    Raises
+    ------
+    ProcessError
+        On entering, when the child ends or is not ready in time; the message ends with its log.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "float32",
+        arguments: tuple[str, ...] | list[str] = (),
+        env: dict[str, str] | None = None,
+        port: int | None = None,
+        log: str | Path | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self.address = f"127.0.0.1:{port or free_port()}"
+        self.command = [sys.executable, "-m", "cloud_server.cli", "serve", "--model", str(model)]
+        self.command += ["--listen", self.address, "--dtype", dtype, *arguments]
+        self._environment = child_environment(env)
+        self._start_timeout_s = start_timeout_s
+        self._log_is_ours = log is None
+        if log is None:
+            handle, name = tempfile.mkstemp(prefix="privatelora-cloud-", suffix=".log")
+            os.close(handle)
+            log = name
+        self.log = Path(log)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child; an error when it was never started."""
+        if self._process is None:
+            raise ProcessError("the cloud process was not started")
+        return self._process.pid
+
+    def logs(self, last: int | None = None) -> str:
+        """Return what the child has printed, or only its last lines."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return text if last is None else "\n".join(text.splitlines()[-last:])
+
+    def start(self) -> "CloudProcess":
+        """Start the child and wait until its health service answers SERVING."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is meant for the edge
+            )
+        deadline = time.monotonic() + self._start_timeout_s
+        try:
+            while not is_serving(self.address):
+                status = self._process.poll()
+                if status is not None:
+                    raise self._error(f"the cloud ended with status {status} before it was ready")
+                if time.monotonic() > deadline:
+                    raise self._error(f"the cloud was not ready in {self._start_timeout_s:.0f} s")
+                time.sleep(0.05)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _error(self, what: str) -> ProcessError:
+        return ProcessError(f"{what}; {self.log} ends:\n{self.logs(last=30)}")
+
+    def kill(self) -> None:
+        """End the child with SIGKILL, as a crash would."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        """End the child with SIGTERM, with SIGKILL if it does not go in time."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def __enter__(self) -> "CloudProcess":
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self._log_is_ours and kind is None:
+            self.log.unlink(missing_ok=True)
+
+
+def edge_command(*arguments: str) -> list[str]:
+    """Return the command line of an edge, for `subprocess`."""
+    return [sys.executable, "-m", "edge_client.cli", *arguments]
+
+
+def run_edge(
+    *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 300.0
+) -> subprocess.CompletedProcess[str]:
+    """Run an edge command to its end, with its output captured; its status is the caller's to judge."""
+    return subprocess.run(
+        edge_command(*arguments),
+        cwd=ROOT,
+        env=child_environment(env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def edge_json(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 300.0) -> dict[str, Any]:
+    """Run an edge command with ``--json`` and return the object on its last line.
+
+    Raises
+    ------
+    ProcessError
+        When the command fails; the message ends with what it wrote to stderr.
+    """
+    done = run_edge(*arguments, "--json", env=env, timeout_s=timeout_s)
+    if done.returncode != 0:
+        raise ProcessError(f"the edge ended with status {done.returncode}; it said:\n{done.stderr.strip()}")
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures

@@ -1,0 +1,33 @@
+# The edge side: text, tokenizer, embeddings, head, M, decoding loop. No GPU and no checkpoint needed.
+# Build from the repository's root:
+#   docker build -f docker/edge.Dockerfile -t privatelora-edge .
+#   docker run --rm -it --network host -v privatelora-edge:/cache privatelora-edge chat --cloud 127.0.0.1:50051
+# The set-up is the Makefile's own.
+FROM python:3.11-slim
+
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends make \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --create-home --uid 10001 privatelora \
+ && install --directory --owner privatelora /cache
+
+WORKDIR /app
+COPY Makefile pyproject.toml README.md LICENSE ./
+COPY shared shared
+COPY edge_client edge_client
+
+# A CPU build of PyTorch keeps this image small.
+ARG TORCH=torch==2.13.0
+RUN make install VENV=/opt/privatelora EXTRAS=edge TORCH="${TORCH}" \
+ && rm -rf /root/.cache
+
+USER 10001
+# hadolint ignore=DL3064
+ENV PATH=/opt/privatelora/bin:$PATH \
+    OMP_WAIT_POLICY=PASSIVE \
+    PRIVATELORA_CACHE_DIR=/cache \
+    PYTHONUNBUFFERED=1
+VOLUME /cache
+ENTRYPOINT ["privatelora-edge"]
+CMD ["--help"]

@@ -1,0 +1,298 @@
+"""``privatelora-edge``: talk to a language model whose layers run in a cloud that never sees your text."""
+
+import os
+
+# Before torch: spinning OpenMP threads would steal the cores that gRPC needs between exchanges.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from edge_client.config import EdgeConfig
+    from edge_client.model import PrivateLoraForCausalLM
+
+app = typer.Typer(
+    help="Use a language model whose layers run in a cloud. Your text, its tokens and your personal weights "
+    "stay on this machine; hidden states and low-rank codes cross the wire.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Cloud = Annotated[
+    str | None, typer.Option("--cloud", metavar="HOST:PORT", help="Where `privatelora-cloud serve` listens.")
+]
+AdapterFile = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="FILE", help="Your personal weights; without, the base model."),
+]
+PlanName = Annotated[
+    str | None, typer.Option("--plan", metavar="NAME", help="Split to use; `info` lists them.")
+]
+WireDtype = Annotated[
+    str | None, typer.Option("--wire-dtype", help="float32, bfloat16 or float16: what numbers travel as.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="What this side computes in; as the cloud by default.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps: where this side computes.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest answer (tokens); 256 by default.")
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="0: always the likeliest token; higher: more varied.")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens up to this sum.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option("--draft-tokens", metavar="N", help="Guess N tokens from the prompt a round trip."),
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message to begin with.")]
+FingerprintHex = Annotated[
+    str | None,
+    typer.Option("--fingerprint", metavar="HEX", help="The model's fingerprint, from a trusted source."),
+]
+AcceptNew = Annotated[
+    bool | None,
+    typer.Option("--accept-new-fingerprint", help="Trust a cloud whose model has changed, and remember it."),
+]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for fetched parts.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.callback()
+def main_callback() -> None:
+    """Use a language model whose layers run in a cloud; your text stays here."""
+
+
+@app.command()
+def generate(
+    cloud: Cloud = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="What to ask; read from stdin if not given."),
+    ] = None,
+    adapter: AdapterFile = None,
+    plan: PlanName = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    draft_tokens: DraftTokens = None,
+    system: System = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", "--no-chat-template", help="Continue the text as it is, without chat format."),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the answer only, no figures.")] = False,
+    wire_dtype: WireDtype = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    fingerprint: FingerprintHex = None,
+    accept_new_fingerprint: AcceptNew = None,
+    cache_dir: CacheDir = None,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Answer one prompt. The answer is streamed; a line of figures ends it."""
+    flags = _flags(locals())
+    with _one_line_errors(debug):
+        settings = _settings(config, flags)
+        text = prompt if prompt is not None else _stdin()
+        with _model(settings) as model:
+            from edge_client.answer import answer
+
+            write = (lambda piece: None) if as_json else _write
+            reply = answer(model, _tokens(model, text, settings, raw), settings, write)
+            if as_json:
+                document = {"text": reply.text, "tokens": reply.tokens, "finish": reply.finish}
+                print(json.dumps({**document, **reply.figures.to_json()}))
+            else:
+                _write("\n" if quiet else f"\n\n[{reply.figures.line()}]\n")
+        if reply.finish == "interrupted":
+            raise typer.Exit(130)
+
+
+@app.command()
+def chat(
+    cloud: Cloud = None,
+    adapter: AdapterFile = None,
+    plan: PlanName = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    draft_tokens: DraftTokens = None,
+    system: System = None,
+    wire_dtype: WireDtype = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    fingerprint: FingerprintHex = None,
+    accept_new_fingerprint: AcceptNew = None,
+    cache_dir: CacheDir = None,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Hold a conversation. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the chat."""
+    flags = _flags(locals())
+    with _one_line_errors(debug):
+        settings = _settings(config, flags)
+        with _model(settings) as model:
+            from edge_client.chat import Chat
+
+            talk = Chat(model, settings, _write, lambda line: _write(line + "\n"), _ask)
+            _write(f"connected to {settings.cloud}; /help lists the commands\n")
+            while (line := _read_line()) is not None:
+                if not line.strip():
+                    continue
+                try:
+                    if line.startswith("/"):
+                        if not talk.command(line.strip()):
+                            break
+                    elif (reply := talk.turn(line)) is not None:
+                        _write(f"\n[{reply.figures.line()}]\n")
+                except (ValueError, OSError, RuntimeError) as error:
+                    if debug:
+                        raise
+                    _write(f"\nerror: {error}\n")
+
+
+@app.command()
+def info(
+    cloud: Cloud = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Show what a cloud offers: plans, fingerprints, limits, memory, versions. Sends nothing private."""
+    flags = _flags(locals())
+    with _one_line_errors(debug):
+        settings = _settings(config, flags)
+        from edge_client.info import describe, show
+
+        facts = describe(settings)
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            show(facts)
+
+
+def _flags(given: dict[str, Any]) -> dict[str, Any]:
+    others = ("prompt", "raw", "as_json", "quiet", "config", "debug")
+    return {name: value for name, value in given.items() if name not in others}
+
+
+@contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn every expected error into one line and an exit code: 2 for settings, 130 for Ctrl-C, else 1."""
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError, but no error
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        from edge_client.config import SettingsError
+
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _settings(file: Path | None, flags: dict[str, Any]) -> "EdgeConfig":
+    from edge_client.config import load_config
+
+    return load_config(file, **flags)
+
+
+@contextmanager
+def _model(settings: "EdgeConfig") -> Iterator["PrivateLoraForCausalLM"]:
+    import torch
+    import transformers
+
+    from edge_client.connection import Timeouts
+    from edge_client.model import PrivateLoraForCausalLM
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    with PrivateLoraForCausalLM.from_cloud(
+        settings.cloud,
+        settings.adapter,
+        settings.plan,
+        settings.wire_dtype,
+        settings.device,
+        settings.dtype,
+        fingerprint=settings.fingerprint,
+        accept_new_fingerprint=settings.accept_new_fingerprint,
+        cache_dir=settings.cache_dir,
+        timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
+        progress=True,
+    ) as model:
+        yield model
+
+
+def _tokens(model: "PrivateLoraForCausalLM", text: str, settings: "EdgeConfig", raw: bool) -> list[int]:
+    assert model.tokenizer is not None
+    if raw:
+        ids: list[int] = model.tokenizer(text)["input_ids"]
+        if not ids:
+            raise ValueError("the prompt is empty; give some text to continue")
+        return ids
+    system = [{"role": "system", "content": settings.system}] if settings.system else []
+    messages = [*system, {"role": "user", "content": text}]
+    ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def _stdin() -> str:
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt TEXT, or pipe the text in")
+    return sys.stdin.read()
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _read_line() -> str | None:
+    """Return a line, None at the end of input; Ctrl-C at the prompt only clears it."""
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            _write("\n")
+            return None
+        except KeyboardInterrupt:
+            _write("\n(Ctrl-D or /quit ends the chat)\n")
+
+
+def _ask(question: str) -> bool:
+    try:
+        return input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
+    except EOFError:
+        return False
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Typed settings of the edge: flags over environment over a TOML file. Unknown keys are errors."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from edge_client.trust import config_folder
+
+ENV_PREFIX = "PRIVATELORA_EDGE_"
+WireDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class SettingsError(ValueError):
+    """Settings that are unknown, malformed or out of range."""
+
+
+class EdgeConfig(BaseSettings):
+    """Everything an edge can be told."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid")
+
+    cloud: str = Field(
+        default="127.0.0.1:50051", pattern=r"^\S+:\d{1,5}$", description="Address of the cloud (HOST:PORT)"
+    )
+    adapter: Path | None = Field(
+        default=None, description="File of personal weights M; none is the base model"
+    )
+    plan: str | None = Field(default=None, description="Split to use; the adapter's, else the cloud's first")
+    wire_dtype: WireDtype | None = Field(
+        default=None, description="Element type on the wire; the cloud's preference if absent"
+    )
+    device: str = Field(default="cpu", description="Torch device of embeddings and head (cpu, cuda, mps)")
+    dtype: WireDtype | None = Field(
+        default=None, description="Element type of embeddings and head; the cloud's if absent"
+    )
+    fingerprint: str | None = Field(
+        default=None, pattern=r"^[0-9a-fA-F]{64}$", description="Expected fingerprint of the model (hex)"
+    )
+    accept_new_fingerprint: bool = Field(default=False, description="Replace what is pinned for this cloud")
+    max_new_tokens: int = Field(default=256, ge=1, description="Longest answer (tokens)")
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="0 always takes the likeliest token (no unit); the model's default",
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Sample from the likeliest tokens up to this probability (0 to 1)",
+    )
+    seed: int | None = Field(
+        default=None, ge=0, description="Seed of the sampling (no unit); random if absent"
+    )
+    draft_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Tokens guessed from the prompt and checked in one round trip (count)",
+    )
+    system: str | None = Field(default=None, description="System message that chats begin with")
+    connect_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for the cloud (seconds)")
+    step_timeout_s: float = Field(default=120.0, gt=0, description="Longest wait for one step (seconds)")
+    cache_dir: Path | None = Field(default=None, description="Folder for fetched parts")
+    threads: int | None = Field(default=None, ge=1, description="Torch threads (count); all cores if absent")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let flags win over the environment, and the environment over the TOML file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_config(file: Path | None = None, **flags: object) -> EdgeConfig:
+    """Return the settings from a TOML file, the environment and the flags that were given.
+
+    Parameters
+    ----------
+    file
+        None is ``edge.toml`` in the user's configuration folder, if there is one.
+    flags
+        None means not given.
+
+    Raises
+    ------
+    SettingsError
+        On unknown or malformed settings, or a missing file.
+    """
+    if file is not None and not file.is_file():
+        raise SettingsError(f"no settings file at {file}")
+    chosen = file or config_folder() / "edge.toml"
+
+    class FromFile(EdgeConfig):
+        model_config = SettingsConfigDict(toml_file=chosen if chosen.is_file() else None)
+
+    known = {ENV_PREFIX + name.upper() for name in EdgeConfig.model_fields}
+    if strange := sorted(n for n in os.environ if n.startswith(ENV_PREFIX) and n not in known):
+        raise SettingsError(f"unknown environment variable {strange[0]}; known: {', '.join(sorted(known))}")
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return FromFile(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            for problem in error.errors(include_url=False, include_input=False)
+        ]
+        where = f" (flags, {ENV_PREFIX}* or {chosen})" if chosen.is_file() else f" (flags or {ENV_PREFIX}*)"
+        raise SettingsError(f"settings{where}: {'; '.join(problems)}") from None
+    except ValueError as error:  # malformed TOML
+        raise SettingsError(f"{chosen}: {error}") from None

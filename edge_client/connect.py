@@ -1,0 +1,96 @@
+"""From an address to a model ready to use: describe, compare, fetch, verify, build."""
+
+from pathlib import Path
+
+import torch
+
+from edge_client import parts, trust
+from edge_client.connection import Connection, Timeouts
+from edge_client.model import PrivateLoraForCausalLM
+from edge_client.offer import CloudOffer, OfferError, fingerprint_message
+from edge_client.personal import PersonalWeights
+from edge_client.session import Session
+from edge_client.shell import build_shell
+from edge_client.tokenizer import load_tokenizer
+from shared import wire
+from shared.adapter import Adapter
+
+
+def open_model(
+    target: str,
+    adapter: str | Path | Adapter | None = None,
+    plan: str | None = None,
+    wire_dtype: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    fingerprint: str | None = None,
+    accept_new_fingerprint: bool = False,
+    cache_dir: Path | None = None,
+    config_dir: Path | None = None,
+    timeouts: Timeouts | None = None,
+    progress: bool = False,
+) -> PrivateLoraForCausalLM:
+    """Connect and build; `PrivateLoraForCausalLM.from_cloud` says what the first parameters mean.
+
+    Parameters
+    ----------
+    fingerprint
+        Root of the expected fingerprint in hex, from a source you trust.
+    accept_new_fingerprint
+        Replace what is pinned for this address.
+    cache_dir, config_dir
+        Where parts and pins are kept; None is the user's own folders.
+    timeouts
+        Bounds on waiting.
+    progress
+        Whether to show progress on stderr.
+
+    Raises
+    ------
+    OfferError, TrustError, EdgePartsError, TokenizerError, TemplateError, AdapterError, CloudConnectionError
+        Each says what was wrong, what was expected and what to do. Nothing private has been sent.
+    """
+    if wire_dtype is not None and wire_dtype not in wire.DTYPE_NAMES:
+        raise ValueError(f"wire dtype {wire_dtype!r} is not one of {', '.join(wire.DTYPE_NAMES)}")
+    connection = Connection(target, timeouts)
+    try:
+        offer = CloudOffer.check(target, connection.describe())
+        chosen = offer.adapter_for(offer.plan(plan)[0] if plan is not None else None, adapter)
+        trust.check_known(
+            offer,
+            chosen.plan,
+            chosen.fingerprint,
+            expected=fingerprint,
+            accept_new=accept_new_fingerprint,
+            config_dir=config_dir,
+        )
+        folder = parts.fetch(connection, offer.parts, cache_dir, progress=progress)
+        config, sizes = parts.read_config(folder)
+        if (sizes.num_layers, sizes.hidden_size) != (chosen.plan.num_layers, chosen.plan.hidden_size):
+            raise OfferError(f"{target}: config.json and plan {chosen.plan.name!r} describe different models")
+        precision = _dtype(dtype) if dtype is not None else offer.compute_dtype
+        shell = build_shell(config, parts.read_tensors(folder, sizes), device, precision)
+        on_wire = wire.DTYPE_NAMES[wire_dtype] if wire_dtype else wire.WIRE_DTYPES[offer.compute_dtype]
+
+        def open_session(personal: PersonalWeights) -> Session:
+            message = fingerprint_message(offer.plans[personal.plan.name][1])
+            return connection.open_session(personal, message, on_wire, offer.raw_limits)
+
+        model = PrivateLoraForCausalLM(config, shell, offer.limits, chosen, open_session)
+        model.generation_config = parts.read_generation_config(folder, config)
+        model.tokenizer = load_tokenizer(folder, sizes.vocab_size, offer.limits.max_context_tokens)
+        model.offer, model.connection = offer, connection
+        model.wire_bytes = wire.TORCH_DTYPES[on_wire].itemsize
+        return model
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in wire.DTYPE_NAMES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(wire.DTYPE_NAMES)}")
+    return wire.TORCH_DTYPES[wire.DTYPE_NAMES[name]]

@@ -1,0 +1,195 @@
+"""One connection to a cloud, owned by one asyncio thread; everybody else talks to that thread.
+
+Opens sessions and fetches public parts. Knows nothing about tokens.
+"""
+
+import asyncio
+import sys
+import threading
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # not the built-in one before 3.11
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from edge_client.personal import PersonalWeights
+from edge_client.session import Session
+from shared import PROTOCOL_VERSION
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+
+SERVICE = "/privatelora.v1.PrivateLoraService/"
+T = TypeVar("T")
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 4 << 20),  # a hostile cloud cannot make us buffer more
+    ("grpc.keepalive_time_ms", 60_000),  # some clouds drop idle TCP after four minutes
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long to wait before giving up, in seconds."""
+
+    connect_s: float = 10.0
+    step_s: float = 120.0
+
+
+class CloudConnectionError(ConnectionError):
+    """The cloud cannot be reached, or refused; the message says what to do."""
+
+
+class Connection:
+    """A channel to one cloud.
+
+    Parameters
+    ----------
+    target
+        ``host:port``.
+    timeouts
+        Bounds on waiting.
+    """
+
+    def __init__(self, target: str, timeouts: Timeouts | None = None) -> None:
+        self.target, self.timeouts = target, timeouts or Timeouts()
+        self._loop = _new_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="privatelora-connection", daemon=True
+        )
+        self._thread.start()
+        self._sessions: set[Session] = set()
+        self._closed = False
+        self._channel: grpc.aio.Channel = self._wait(self._open_channel())
+
+    def describe(self) -> pb.DescribeResponse:
+        """Return what the cloud states about itself.
+
+        Raises
+        ------
+        CloudConnectionError
+            If it cannot be reached or answers with no such message.
+        """
+        raw = self._wait(self._describe())
+        try:
+            return pb.DescribeResponse.FromString(raw)
+        except DecodeError:
+            raise CloudConnectionError(f"{self.target} does not speak this protocol") from None
+
+    def fetch_part(self, index: int, offset: int = 0) -> Iterator[bytes]:
+        """Yield the pieces of one public part, from byte ``offset`` on."""
+        request = pb.FetchEdgePartsRequest(part_index=index, offset_bytes=offset).SerializeToString()
+
+        async def start() -> "grpc.aio.UnaryStreamCall[bytes, bytes]":
+            return self._channel.unary_stream(SERVICE + "FetchEdgeParts", as_bytes, as_bytes)(request)
+
+        call = self._wait(start())
+        try:
+            while True:
+                raw = self._wait(self._translated(call.read()), self.timeouts.step_s)
+                if raw is grpc.aio.EOF:
+                    return
+                yield pb.FetchEdgePartsResponse.FromString(raw).data
+        except DecodeError:
+            raise CloudConnectionError(f"{self.target} sent bytes that are no part") from None
+        finally:
+            self._loop.call_soon_threadsafe(call.cancel)
+
+    def open_session(
+        self,
+        personal: PersonalWeights,
+        fingerprint: pb.Fingerprint,
+        wire_dtype: "pb.Dtype.ValueType",
+        limits: pb.Limits,
+    ) -> Session:
+        """Open a session for one set of personal weights.
+
+        Parameters
+        ----------
+        personal
+            M of the adapter, of the plan that ``fingerprint`` covers.
+        fingerprint
+            What this edge stands on; the cloud refuses if it differs.
+        wire_dtype
+            Element type of every tensor, both ways.
+        limits
+            What the cloud stated.
+
+        Raises
+        ------
+        SessionError
+            With the cloud's status and message, if it refuses.
+        """
+        request = pb.Open(protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint, wire_dtype=wire_dtype)
+
+        async def start() -> Session:
+            call = self._channel.stream_stream(SERVICE + "Decode", as_bytes, as_bytes)()
+            session = Session(
+                call, self._loop, personal, wire_dtype, limits, self.timeouts.step_s, self._sessions.discard
+            )
+            await session.open(request)
+            self._sessions.add(session)
+            return session
+
+        return self._wait(start(), self.timeouts.connect_s + self.timeouts.step_s)
+
+    def close(self) -> None:
+        """End every session in order, then the channel and its thread."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            for session in list(self._sessions):
+                session.close()
+            self._wait(self._channel.close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5)
+
+    async def _open_channel(self) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+
+    async def _describe(self) -> bytes:
+        request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION).SerializeToString()
+        call = self._channel.unary_unary(SERVICE + "Describe", as_bytes, as_bytes)
+        raw: bytes = await self._translated(
+            call(request, timeout=self.timeouts.connect_s, wait_for_ready=True)
+        )
+        return raw
+
+    async def _translated(self, awaitable: Any) -> Any:
+        try:
+            return await awaitable
+        except grpc.aio.AioRpcError as error:
+            code = error.code()
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise CloudConnectionError(
+                    f"no cloud answers at {self.target} (waited up to {self.timeouts.connect_s:.0f} s); is "
+                    "`privatelora-cloud serve` running there, and is the address right?"
+                ) from None
+            raise CloudConnectionError(f"{self.target}: {code.name}: {error.details()}") from None
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout_s)
+        except FutureTimeoutError:
+            future.cancel()
+            raise CloudConnectionError(f"{self.target} did not answer within {timeout_s:.0f} s") from None
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+def as_bytes(raw: bytes) -> bytes:
+    """Return raw bytes as they are: messages are parsed where a wrong one can be answered clearly."""
+    return raw

@@ -1,0 +1,284 @@
+"""A Hugging Face causal model whose decoder layers are elsewhere.
+
+Embeddings, final norm and head run here, on token ids that never leave this process; a session runs
+the layers. Everything that transformers can do with a causal model (`generate` with its samplers,
+beams, streamers, stopping rules and prompt-lookup drafting; plain forwards for evaluation tools) is
+reduced to `CloudCache.extend`: append these tokens to these rows, return hL of the last few.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from edge_client.cloud_cache import CloudCache, ContextLengthError
+from edge_client.connection import Connection
+from edge_client.offer import CloudOffer, Limits
+from edge_client.padding import assemble, check_positions, new_columns, pick
+from edge_client.personal import PersonalWeights
+from edge_client.pool import SessionLike, SessionPool
+from edge_client.session import Traffic
+from edge_client.shell import Shell
+from edge_client.tokenizer import EdgeTokenizer
+from shared.adapter import Adapter
+
+__all__ = ["CloudCache", "ContextLengthError", "PrivateLoraForCausalLM"]
+
+OpenSession = Callable[[PersonalWeights], SessionLike]
+
+
+class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """A causal language model split between this process and a cloud (arXiv 2311.14030).
+
+    Use `from_cloud`. One model may be used from several threads: each call takes a session of its own.
+
+    Parameters
+    ----------
+    config
+        The base model's configuration.
+    shell
+        Embeddings, final norm and head of the base model.
+    limits
+        What the cloud allows.
+    adapter
+        The personal weights.
+    open_session
+        Opens a session for given personal weights.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        shell: Shell,
+        limits: Limits,
+        adapter: Adapter,
+        open_session: OpenSession,
+    ) -> None:
+        super().__init__(config)
+        self.embed_tokens, self.norm, self.lm_head = shell.embed_tokens, shell.norm, shell.lm_head
+        self.softcap = shell.softcap
+        self.limits = limits
+        self.offer: CloudOffer | None = None
+        self.tokenizer: EdgeTokenizer | None = None
+        self._open_session = open_session
+        self.connection: Connection | None = None
+        self.wire_bytes = 4  # of an element on the wire
+        self._thread = threading.local()
+        personal = PersonalWeights(adapter)
+        self._adapter = adapter
+        self._pool = SessionPool(lambda: open_session(personal))
+        self.requires_grad_(False)
+        self.eval()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_cloud(
+        cls,
+        target: str,
+        adapter: str | Path | Adapter | None = None,
+        plan: str | None = None,
+        wire_dtype: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> "PrivateLoraForCausalLM":
+        """Connect to a cloud, fetch and verify this side's parts, and return a model ready to use.
+
+        Parameters
+        ----------
+        target
+            ``host:port``.
+        adapter
+            The personal weights: a file, or an adapter; None is M = 0, the base model.
+        plan
+            Name of the split to use; None is the adapter's, else the first that the cloud offers.
+        wire_dtype
+            ``float32``, ``bfloat16`` or ``float16``; None is the cloud's preference.
+        device
+            Where embeddings, norm and head run.
+        dtype
+            Their dtype; None is the dtype that the cloud computes in, as one process would.
+        options
+            See `edge_client.connect.open_model`: cache folder, fingerprint, TLS and so on.
+        """
+        from edge_client.connect import open_model
+
+        return open_model(target, adapter, plan, wire_dtype, device, dtype, **options)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the decoder layers are not in any file on this machine."""
+        raise TypeError(
+            "this model has no layers of its own: use PrivateLoraForCausalLM.from_cloud(host:port)"
+        )
+
+    # --- the forward pass ---------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: CloudCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+        """Run new tokens and return logits, as the base model's own forward does.
+
+        Padding (columns whose mask is 0) is never sent: its logits are those of a zero vector. Rows are
+        numbered from their first token on, wherever it stands.
+
+        Parameters
+        ----------
+        input_ids
+            ``(batch, columns)`` int64.
+        attention_mask
+            ``(batch, past + columns)`` or ``(batch, columns)``; None is no padding.
+        position_ids
+            Only checked: they must rise by one from token to token.
+        past_key_values
+            What an earlier forward returned, None to begin.
+        labels
+            ``(batch, columns)``, -100 is ignored; gives ``loss``.
+        logits_to_keep
+            Logits of the last n columns, 0 is all; or a tensor of columns.
+
+        Raises
+        ------
+        ContextLengthError
+            If a row would exceed the cloud's context.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids are required: h0 is made from token ids on this side")
+        if output_attentions or output_hidden_states:
+            raise ValueError("attentions and hidden states of the layers stay in the cloud")
+        batch, width = input_ids.shape
+        cache = past_key_values if past_key_values is not None else self.new_cache()
+        if not isinstance(cache, CloudCache):
+            raise TypeError(f"past_key_values must be a CloudCache (or None), got {type(cache).__name__}")
+        columns = new_columns(attention_mask, batch, width, cache.get_seq_length())
+        check_positions(position_ids, columns, width)
+
+        if isinstance(logits_to_keep, int):
+            first, picked = (width - logits_to_keep if 0 < logits_to_keep < width else 0), None
+        else:
+            first, picked = int(logits_to_keep.min()), logits_to_keep - logits_to_keep.min()
+        ids = input_ids.tolist()
+        new = [ids[i] if cols.count(1) == width else pick(ids[i], cols) for i, cols in enumerate(columns)]
+        keep = [cols[first:].count(1) for cols in columns]
+        with torch.no_grad():
+            rows = cache.extend(new, columns, keep)
+        hidden = assemble(rows, columns, first, self.lm_head.weight)  # (batch, width - first, hidden_size)
+        logits = self.lm_head(self.norm(hidden if picked is None else hidden[:, picked]))
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        loss = None
+        if labels is not None:
+            size = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+        wants_cache = self.config.use_cache if use_cache is None else use_cache
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache if wants_cache else None
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _embed(self, tokens: list[int]) -> Tensor:
+        """Return h0 ``(tokens, hidden_size)`` fp32 on the CPU, scaled as the family does."""
+        ids = torch.tensor(tokens, device=self.device)
+        return cast(Tensor, self.embed_tokens(ids)).to(device="cpu", dtype=torch.float32)
+
+    # --- sessions and adapters ----------------------------------------------------------------------
+
+    def new_cache(self) -> CloudCache:
+        """Return an empty cache; it takes a session when it is first used."""
+        return CloudCache(self._pool, self._embed, self.limits.max_context_tokens, self.limits.max_rows)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The personal weights in use."""
+        return self._adapter
+
+    def set_adapter(self, adapter: str | Path | Adapter | None) -> None:  # type: ignore[override]
+        """Use other personal weights of the same plan; None is M = 0.
+
+        Keys and values depend on M, so what sessions hold is forgotten. A generation that is running
+        ends with the adapter that it began with.
+
+        Raises
+        ------
+        AdapterError
+            If the adapter belongs to another plan, backbone or A/B; the present one stays in use.
+        """
+        if self.offer is not None:
+            chosen = self.offer.adapter_for(self._adapter.plan, adapter)
+        elif isinstance(adapter, Adapter):
+            chosen = adapter
+        else:
+            raise ValueError("this model was not made by from_cloud: give an Adapter")
+        personal, open_session = PersonalWeights(chosen), self._open_session
+        self._adapter = chosen
+        self._pool.renew(lambda: open_session(personal))
+
+    def traffic(self) -> Traffic:
+        """Return what all sessions have sent and received so far."""
+        return self._pool.totals()[0]
+
+    def positions(self) -> int:
+        """Return how many positions the cloud has run for this model so far."""
+        return self._pool.totals()[1]
+
+    def close(self) -> None:
+        """Close idle sessions and the connection."""
+        self._pool.close()
+        if self.connection is not None:
+            self.connection.close()
+
+    def __enter__(self) -> "PrivateLoraForCausalLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- hooks of transformers' generate --------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as any Hugging Face model does; see `GenerationMixin.generate`."""
+        given = kwargs.get("past_key_values")
+        if isinstance(given, CloudCache) and given.is_stale:
+            given.detach()  # made under another adapter: run its tokens again under this one
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            # The traceback would keep the cache, and with it the session, for as long as it lives.
+            cache = getattr(self._thread, "cache", None)
+            if cache is not None:
+                cache.detach()
+            raise
+        finally:
+            self._thread.cache = None
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            if not isinstance(given, CloudCache):
+                raise TypeError(f"past_key_values must be a CloudCache (or None), got {type(given).__name__}")
+            given._is_user_defined = True  # type: ignore[attr-defined]
+        elif generation_config.cache_implementation is not None:
+            raise ValueError("cache_implementation cannot be chosen: the cache is in the cloud")
+        elif generation_config.use_cache is not False:
+            self._thread.cache = model_kwargs["past_key_values"] = self.new_cache()

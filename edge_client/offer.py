@@ -1,0 +1,158 @@
+"""What a cloud offers, checked: plans, fingerprints, limits and the list of edge parts.
+
+Everything in a `DescribeResponse` is a claim. Here it is checked for being well-formed and free of
+contradictions; whether it is the model that was meant is decided by `trust.py` and the adapter.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shared import PROTOCOL_VERSION, wire
+from shared.adapter import Adapter, AdapterError
+from shared.edge_parts import EdgePart, EdgePartsError, check_manifest
+from shared.fingerprint import Fingerprint, FingerprintError, edge_digest, plan_digest
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan, PlanError
+
+MAX_PLANS = 64
+
+
+class OfferError(ValueError):
+    """A cloud that contradicts itself, speaks another protocol, or does not offer what is wanted."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that the cloud states: positions in a row, positions in a step, rows in a session."""
+
+    max_context_tokens: int
+    max_step_tokens: int
+    max_rows: int
+
+
+@dataclass(frozen=True)
+class CloudOffer:
+    """A checked offer. ``plans`` is in the cloud's order; the first one is its default."""
+
+    target: str
+    server_version: str
+    plans: dict[str, tuple[Plan, Fingerprint]]
+    parts: tuple[EdgePart, ...]
+    limits: Limits
+    raw_limits: pb.Limits
+    compute_dtype: torch.dtype
+    kv_bytes_used: int
+    kv_bytes_total: int
+
+    @classmethod
+    def check(cls, target: str, response: pb.DescribeResponse) -> "CloudOffer":
+        """Read what a cloud states.
+
+        Raises
+        ------
+        OfferError
+            If anything is missing, malformed or contradictory.
+        """
+        if response.protocol_version != PROTOCOL_VERSION:
+            raise OfferError(
+                f"{target} speaks protocol version {response.protocol_version}, this edge "
+                f"{PROTOCOL_VERSION}; update the older side"
+            )
+        if not 1 <= len(response.plans) <= MAX_PLANS:
+            raise OfferError(f"{target} offers {len(response.plans)} plans; expected 1 to {MAX_PLANS}")
+        if response.compute_dtype not in wire.TORCH_DTYPES:
+            raise OfferError(f"{target} computes in an unknown dtype ({response.compute_dtype})")
+        limits = response.limits
+        for name in ("max_context_tokens", "max_step_tokens", "max_rows"):
+            if getattr(limits, name) < 1:
+                raise OfferError(f"{target} states a limit {name} of 0")
+        parts = tuple(EdgePart(p.name, None, p.size_bytes, p.sha256) for p in response.edge_parts)
+        try:
+            check_manifest(parts)
+            plans = dict(_plan(target, offer, edge_digest(parts)) for offer in response.plans)
+        except (EdgePartsError, PlanError, FingerprintError) as error:
+            raise OfferError(f"{target}: {error}") from None
+        if len(plans) != len(response.plans):
+            raise OfferError(f"{target} offers two plans of one name")
+        if len({(f.layers, f.edge, p.num_layers, p.hidden_size) for p, f in plans.values()}) > 1:
+            raise OfferError(f"{target} offers plans of different models; expected one model")
+        return cls(
+            target=target,
+            server_version=response.server_version[:64],
+            plans=plans,
+            parts=parts,
+            limits=Limits(limits.max_context_tokens, limits.max_step_tokens, limits.max_rows),
+            raw_limits=limits,
+            compute_dtype=wire.TORCH_DTYPES[response.compute_dtype],
+            kv_bytes_used=response.kv_bytes_used,
+            kv_bytes_total=response.kv_bytes_total,
+        )
+
+    def plan(self, name: str | None) -> tuple[Plan, Fingerprint]:
+        """Return the plan called ``name``, or the first; raises OfferError if there is none."""
+        if name is None:
+            return next(iter(self.plans.values()))
+        if name not in self.plans:
+            raise OfferError(f"{self.target} offers no plan {name!r}; it offers: {', '.join(self.plans)}")
+        return self.plans[name]
+
+    def adapter_for(self, plan: Plan | None, adapter: str | Path | Adapter | None) -> Adapter:
+        """Return the adapter to use, zeros if none is given, after comparing fingerprints.
+
+        Parameters
+        ----------
+        plan
+            The plan that was asked for, None for the adapter's own.
+        adapter
+            An adapter or a file.
+
+        Raises
+        ------
+        AdapterError
+            If it was made for something else; the message says what differs and what to do.
+        """
+        if adapter is None:
+            return Adapter.zeros(*self.plan(plan.name if plan else None))
+        chosen = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+        if plan is not None and chosen.plan != plan:
+            raise AdapterError(
+                f"adapter {chosen.name!r} was made for plan {chosen.plan.name!r}, not for {plan.name!r}; "
+                "an adapter belongs to exactly one plan"
+            )
+        found = [print_ for offered, print_ in self.plans.values() if offered == chosen.plan]
+        if not found:
+            raise AdapterError(
+                f"adapter {chosen.name!r} was made for plan {chosen.plan.name!r} of "
+                f"{chosen.plan.backbone!r}, which {self.target} does not offer (it offers: "
+                f"{', '.join(self.plans)}); use a cloud that does"
+            )
+        differing = chosen.fingerprint.differs_from(found[0])
+        if differing:
+            raise AdapterError(
+                f"adapter {chosen.name!r} does not fit {self.target}: {' and '.join(differing)} differ from "
+                "what it was made for; use a cloud that serves that model, or an adapter made for this one"
+            )
+        return chosen
+
+
+def _plan(target: str, offer: pb.PlanOffer, edge: bytes) -> tuple[str, tuple[Plan, Fingerprint]]:
+    plan = Plan.parse(offer.plan_json)
+    stated = offer.fingerprint
+    fingerprint = Fingerprint(stated.plan, stated.lowrank, stated.layers, stated.edge)
+    for name, claimed, computed in (
+        ("root", stated.root, fingerprint.root),
+        ("plan", fingerprint.plan, plan_digest(plan)),
+        ("edge parts", fingerprint.edge, edge),
+    ):
+        if claimed != computed:
+            raise OfferError(f"{target}: the fingerprint of plan {plan.name!r} contradicts itself ({name})")
+    if plan.head_layers or plan.tail_layers:
+        raise OfferError(f"{target}: plan {plan.name!r} keeps layers on the edge; update this program")
+    return plan.name, (plan, fingerprint)
+
+
+def fingerprint_message(fingerprint: Fingerprint) -> pb.Fingerprint:
+    """Return a fingerprint as it is sent."""
+    return pb.Fingerprint(root=fingerprint.root, **fingerprint.branches())

@@ -1,0 +1,61 @@
+"""Between transformers' padded batches and the cloud's ragged rows, which know no padding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def new_columns(mask: Tensor | None, batch: int, width: int, past: int) -> list[bytes]:
+    """Return for each row which of its new columns hold a token."""
+    if mask is None:
+        return [b"\1" * width] * batch
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (past + width, width):
+        raise ValueError(
+            f"attention_mask must be (batch, past + new) = ({batch}, {past + width}), got {tuple(mask.shape)}"
+        )
+    return [bytes(row) for row in (mask[:, -width:] != 0).tolist()]
+
+
+def pick(ids: list[int], columns: bytes) -> list[int]:
+    """Return the ids at columns that hold a token."""
+    return [token for token, column in zip(ids, columns, strict=True) if column]
+
+
+def check_positions(positions: Tensor | None, columns: Sequence[bytes], width: int) -> None:
+    """Refuse position ids that the cloud, which counts a row's tokens, would not reproduce."""
+    if positions is None or width == 1:
+        return
+    rows = positions.expand(len(columns), -1).tolist()
+    for row, cols in zip(rows, columns, strict=True):
+        used = pick(row, cols)
+        if used and used != list(range(used[0], used[0] + len(used))):
+            raise ValueError("position_ids must rise by one from token to token; gaps are not supported")
+
+
+def assemble(rows: Sequence[Tensor | None], columns: Sequence[bytes], first: int, like: Tensor) -> Tensor:
+    """Lay hL of the rows out as a padded batch; padding is zeros.
+
+    Parameters
+    ----------
+    rows
+        For each row, hL of its tokens from column ``first`` on: ``(tokens, hidden_size)``, or None.
+    columns
+        For each row, which of its columns hold a token.
+    like
+        ``(any, hidden_size)``; its dtype and device are the result's.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, columns - first, hidden_size)``
+    """
+    width = len(columns[0]) - first
+    if len(rows) == 1 and rows[0] is not None and rows[0].shape[0] == width:
+        return rows[0].to(device=like.device, dtype=like.dtype)[None]
+    padded = torch.zeros(len(rows), width, like.shape[1])
+    for index, row in enumerate(rows):
+        if row is not None:
+            where = [i for i, column in enumerate(columns[index][first:]) if column]
+            padded[index, where] = row.float()
+    return padded.to(device=like.device, dtype=like.dtype)

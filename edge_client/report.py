@@ -1,0 +1,121 @@
+"""What a generation cost: the figures line that ends every answer, and how they are defined."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edge_client.session import Traffic
+from shared.plan import Plan
+
+
+def full_activation_bytes(plan: Plan, element_bytes: int) -> int:
+    """Return the bytes a token would cost if every layer's whole activation went both ways.
+
+    The yardstick of the paper (arXiv 2311.14030): one vector of ``hidden_size`` up and one down at
+    each layer that the cloud runs.
+    """
+    return 2 * plan.hidden_size * element_bytes * len(plan.cloud_layers)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of one answer. Rates are in tokens a second; per-token figures are those of decoding.
+
+    ``prefill_tok_s`` counts the prompt tokens that were computed (not those reused) over the time to
+    the first token; ``decode_tok_s`` the tokens after the first over the time after it.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    time_to_first_token_s: float
+    prefill_tok_s: float
+    decode_tok_s: float
+    round_trips_per_token: float
+    bytes_up_per_token: float
+    bytes_down_per_token: float
+    full_bytes_per_token: int
+    reduction: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """Return the figures in one line for people."""
+        reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
+        parts = [
+            f"prompt {self.prompt_tokens} tokens{reused}",
+            f"prefill {self.prefill_tok_s:.1f} tok/s",
+            f"first token after {self.time_to_first_token_s:.2f} s",
+        ]
+        if self.new_tokens > 1:
+            parts += [
+                f"decode {self.decode_tok_s:.1f} tok/s ({self.new_tokens} tokens)",
+                f"{self.round_trips_per_token:.1f} round trips/token",
+                f"{_kib(self.bytes_up_per_token)} up + {_kib(self.bytes_down_per_token)} down per token",
+                f"{self.reduction:.1%} less than full activations both ways at every layer "
+                f"({_kib(self.full_bytes_per_token)}/token)",
+            ]
+        return " | ".join(parts)
+
+
+def _kib(count: float) -> str:
+    return f"{count / 1024:.1f} KiB"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The state of the counters at one moment: seconds, traffic, positions run."""
+
+    at_s: float
+    traffic: Traffic
+    positions: int
+
+
+class Meter:
+    """Takes the marks of one generation: `start`, then `token` for each piece that arrives."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._start = self._first = self._last = self._mark()
+        self.new_tokens = 0
+
+    def _mark(self) -> Mark:
+        return Mark(time.perf_counter(), self._model.traffic(), self._model.positions())
+
+    def start(self) -> None:
+        """Begin; what came before does not count."""
+        self._start = self._first = self._last = self._mark()
+        self.new_tokens = 0
+
+    def token(self, count: int) -> None:
+        """Note that ``count`` tokens have arrived."""
+        self._last = self._mark()
+        if self.new_tokens == 0:
+            self._first, self._first_tokens = self._last, count
+        self.new_tokens += count
+
+    def figures(self, prompt_tokens: int, element_bytes: int) -> Figures:
+        """Return the figures of what was generated since `start`."""
+        waited = max(self._first.at_s - self._start.at_s, 1e-9)
+        computed = min(prompt_tokens, self._first.positions - self._start.positions)
+        decoded = self.new_tokens - self._first_tokens if self.new_tokens else 0
+        spent = self._last.traffic - self._first.traffic
+        full = full_activation_bytes(self._model.adapter.plan, element_bytes)
+        each = 1 / decoded if decoded else 0.0
+        return Figures(
+            prompt_tokens=prompt_tokens,
+            reused_tokens=prompt_tokens - computed,
+            new_tokens=self.new_tokens,
+            time_to_first_token_s=round(waited, 4),
+            prefill_tok_s=round(computed / waited, 2),
+            decode_tok_s=round(decoded / max(self._last.at_s - self._first.at_s, 1e-9), 2)
+            if decoded
+            else 0.0,
+            round_trips_per_token=round(spent.round_trips * each, 2),
+            bytes_up_per_token=round(spent.bytes_up * each, 1),
+            bytes_down_per_token=round(spent.bytes_down * each, 1),
+            full_bytes_per_token=full,
+            reduction=round(1 - (spent.bytes_up + spent.bytes_down) * each / full, 4) if decoded else 0.0,
+        )

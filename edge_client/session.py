@@ -1,0 +1,390 @@
+"""One session with the cloud: the stream on which steps go up and hidden states come back.
+
+Answers every exchange with residual codes z = cM as it arrives, on the connection's own thread: the
+caller of `step` is woken once a step, not once a layer. Knows hidden states and codes, no tokens.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError  # not the built-in one before 3.11
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from edge_client.personal import PersonalWeights
+from shared import wire
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+
+FRAME_BYTES = 5  # gRPC's own header on each message
+MAX_TENSOR_BYTES = 4 * 2**20 - 2**16  # gRPC's cap on a message, less room for everything else
+
+
+class SessionError(ConnectionError):
+    """The session ended: the cloud refused something, or the connection broke.
+
+    ``code`` is the gRPC status, None if the fault is not the cloud's to name. ``retry_after_s`` is the
+    cloud's hint, None if it gave none.
+    """
+
+    def __init__(
+        self, message: str, code: grpc.StatusCode | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code, self.retry_after_s = code, retry_after_s
+
+
+@dataclass(frozen=True)
+class Span:
+    """``count`` new positions of a row, from ``start``; the last ``keep`` return hL."""
+
+    row: int
+    start: int
+    count: int
+    keep: int
+
+
+@dataclass
+class Traffic:
+    """What crossed the wire: protobuf messages plus gRPC's 5 bytes of framing each."""
+
+    round_trips: int = 0
+    messages_up: int = 0
+    messages_down: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        """Return what was added since ``other``."""
+        return Traffic(
+            self.round_trips - other.round_trips,
+            self.messages_up - other.messages_up,
+            self.messages_down - other.messages_down,
+            self.bytes_up - other.bytes_up,
+            self.bytes_down - other.bytes_down,
+        )
+
+    def copy(self) -> "Traffic":
+        """Return the figures as they are now."""
+        return self - Traffic()
+
+
+@dataclass(eq=False)
+class Job:
+    """One call of `Session.step`: its chunks, and hL of each as it comes back."""
+
+    chunks: deque[tuple[bytes, int, int, int]]  # message, number, positions, kept positions
+    future: "Future[Tensor]" = field(default_factory=Future)
+    numbers: set[int] = field(default_factory=set)
+    hidden: list[Tensor] = field(default_factory=list)
+    unfinished: int = 0
+
+
+@dataclass(eq=False)
+class Flight:
+    """A chunk that the cloud is working on."""
+
+    job: Job
+    tokens: int
+    keep: int
+
+
+class Session:
+    """A stream to the cloud. Made by `Connection.open_session`; used by one thread at a time."""
+
+    def __init__(
+        self,
+        call: "grpc.aio.StreamStreamCall[bytes, bytes]",
+        loop: asyncio.AbstractEventLoop,
+        personal: PersonalWeights,
+        wire_dtype: "pb.Dtype.ValueType",
+        limits: pb.Limits,
+        step_timeout_s: float,
+        on_close: Callable[["Session"], object],
+        chunk_tokens: int = 256,
+    ) -> None:
+        self.personal, self.plan, self.wire_dtype = personal, personal.plan, wire_dtype
+        self.traffic = Traffic()
+        self.id = b""
+        self.error: SessionError | None = None
+        self._call, self._loop, self._on_close = call, loop, on_close
+        self._step_timeout_s = step_timeout_s
+        # hL of a whole chunk may be asked for, and has to fit a message too
+        fits = MAX_TENSOR_BYTES // (self.plan.hidden_size * wire.TORCH_DTYPES[wire_dtype].itemsize)
+        self._chunk_tokens = max(1, min(chunk_tokens, limits.max_step_tokens, fits))
+        self._max_in_flight = max(1, limits.max_steps_in_flight)
+        self._number = 0
+        self._jobs: deque[Job] = deque()  # with chunks still to send
+        self._flights: dict[int, Flight] = {}
+        self._outbox: deque[bytes] = deque()
+        self._filled = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self, request: pb.Open) -> None:
+        """Shake hands; then read and write until the session ends."""
+        try:
+            await self._send(pb.DecodeRequest(open=request).SerializeToString())
+            raw = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            raise await self._failure() from None
+        if raw is grpc.aio.EOF:
+            raise await self._failure()
+        message = self._parse(raw)
+        if not message.HasField("opened") or not 1 <= len(message.opened.session_id) <= 64:
+            raise SessionError(
+                "the cloud did not answer the handshake with a session; is it a PrivateLoRA cloud?"
+            )
+        self.id = message.opened.session_id
+        self._tasks = [self._loop.create_task(self._read_all()), self._loop.create_task(self._write_all())]
+
+    def step(self, hidden: Tensor, spans: Sequence[Span], parents: Sequence[int] | None = None) -> Tensor:
+        """Run new positions through the cloud's layers; blocks until hL is back.
+
+        Parameters
+        ----------
+        hidden
+            h0 of the spans laid end to end: ``(tokens, hidden_size)`` floating point.
+        spans
+            Which rows and positions. A start below a row's length crops the row.
+        parents
+            Old row that each new row continues; None leaves the rows as they are.
+
+        Returns
+        -------
+        Tensor
+            hL of the kept positions, span after span: ``(sum of keep, hidden_size)`` in the wire dtype.
+
+        Raises
+        ------
+        SessionError
+            If the cloud refuses, the connection breaks, or no answer comes in time.
+        """
+        job = self.submit(hidden, spans, parents)
+        try:
+            return job.future.result(self._step_timeout_s)
+        except FutureTimeoutError:
+            self.cancel()
+            raise SessionError(f"no answer within {self._step_timeout_s:.0f} s") from None
+
+    async def step_async(
+        self, hidden: Tensor, spans: Sequence[Span], parents: Sequence[int] | None = None
+    ) -> Tensor:
+        """Do as `step` does, from a coroutine of any event loop."""
+        return await asyncio.wrap_future(self.submit(hidden, spans, parents).future)
+
+    def submit(self, hidden: Tensor, spans: Sequence[Span], parents: Sequence[int] | None) -> Job:
+        """Cut a step into chunks and start it.
+
+        Chunks follow each other through the layers, so that the edge answers one while the cloud runs
+        the next.
+        """
+        job = Job(deque())
+        at = 0
+        for piece in cut(spans, self._chunk_tokens):
+            tokens, keep = sum(s.count for s in piece), sum(s.keep for s in piece)
+            self._number += 1
+            message = pb.Step(
+                step=self._number,
+                parents=parents or (),
+                spans=[pb.Span(row=s.row, start=s.start, count=s.count, keep=s.keep) for s in piece],
+                hidden=wire.encode(hidden[at : at + tokens], self.wire_dtype),
+            )
+            raw = pb.DecodeRequest(step=message).SerializeToString()
+            job.chunks.append((raw, self._number, tokens, keep))
+            parents, at = None, at + tokens
+        job.unfinished = len(job.chunks)
+        self._loop.call_soon_threadsafe(self._start, job)
+        return job
+
+    def cancel(self) -> None:
+        """Give up what is in flight. The next step must start where the given-up one did, or before."""
+        self._loop.call_soon_threadsafe(self._give_up)
+
+    def close(self) -> None:
+        """End the session in order: its KV cache is freed at once."""
+        self._on_close(self)
+        if not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(self._step_timeout_s)
+
+    # --- on the connection's thread from here on --------------------------------------------------------
+
+    def _start(self, job: Job) -> None:
+        if self.error is not None:
+            job.future.set_exception(self.error)
+            return
+        self._jobs.append(job)
+        self._launch()
+
+    def _launch(self) -> None:
+        """Send chunks as far as the cloud takes steps in flight."""
+        while self._jobs and len(self._flights) < self._max_in_flight:
+            job = self._jobs[0]
+            raw, number, tokens, keep = job.chunks.popleft()
+            if not job.chunks:
+                self._jobs.popleft()
+            self._flights[number] = Flight(job, tokens, keep)
+            self._put(raw)
+
+    def _put(self, raw: bytes) -> None:
+        self._outbox.append(raw)
+        self._filled.set()
+
+    async def _write_all(self) -> None:
+        try:
+            while True:
+                while self._outbox:
+                    await self._send(self._outbox.popleft())
+                self._filled.clear()
+                await self._filled.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the reader hears of it too, with the reason
+
+    async def _send(self, raw: bytes) -> None:
+        self.traffic.messages_up += 1
+        self.traffic.bytes_up += len(raw) + FRAME_BYTES
+        await self._call.write(raw)
+
+    async def _read_all(self) -> None:
+        try:
+            while True:
+                raw = await self._call.read()
+                if raw is grpc.aio.EOF:
+                    break
+                self._handle(self._parse(raw))
+            error = await self._failure()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            error = await self._failure()
+        except (SessionError, wire.WireError) as broken:
+            error = SessionError(f"the cloud broke the protocol: {broken}")
+            self._call.cancel()
+        self._fail(error)
+
+    def _parse(self, raw: object) -> pb.DecodeResponse:
+        assert isinstance(raw, bytes)
+        self.traffic.messages_down += 1
+        self.traffic.bytes_down += len(raw) + FRAME_BYTES
+        try:
+            return pb.DecodeResponse.FromString(raw)
+        except DecodeError:
+            raise SessionError(f"{len(raw)} bytes that are no message") from None
+
+    def _handle(self, message: pb.DecodeResponse) -> None:
+        if message.HasField("codes"):
+            self._exchange(message.codes)
+        elif message.HasField("hidden"):
+            self._finish(message.hidden)
+        else:
+            raise SessionError("expected codes or hidden states")
+
+    def _exchange(self, message: pb.Codes) -> None:
+        """Answer codes xA with residual codes xAM."""
+        flight = self._flights.get(message.step)
+        if flight is None:
+            self._expect_given_up(message.step)
+            return
+        if message.layer not in self.plan.exchange_layers:
+            raise SessionError(f"codes for layer {message.layer}, which does not exchange in this plan")
+        shape = (flight.tokens, self.plan.codes_width)
+        codes = wire.decode(message.codes, dtype=self.wire_dtype, shape=shape, what="codes")
+        with torch.inference_mode():
+            c = codes.float()  # (tokens, groups * r_c2d)
+            answers = [
+                pb.LayerCodes(
+                    layer=layer, codes=wire.encode(self.personal.residual_codes(layer, c), self.wire_dtype)
+                )
+                for layer in self.plan.fed_by(message.layer)
+            ]
+        self.traffic.round_trips += 1
+        answer = pb.ResidualCodes(step=message.step, residual_codes=answers)
+        self._put(pb.DecodeRequest(residual_codes=answer).SerializeToString())
+
+    def _finish(self, message: pb.Hidden) -> None:
+        flight = self._flights.pop(message.step, None)
+        if flight is None:
+            self._expect_given_up(message.step)
+            return
+        shape = (flight.keep, self.plan.hidden_size)
+        job = flight.job
+        job.hidden.append(wire.decode(message.hidden, dtype=self.wire_dtype, shape=shape, what="hidden"))
+        self.traffic.round_trips += 1
+        job.unfinished -= 1
+        self._launch()
+        if job.unfinished == 0:
+            _resolve(job.future, job.hidden[0] if len(job.hidden) == 1 else torch.cat(job.hidden))
+
+    def _expect_given_up(self, number: int) -> None:
+        if number > self._number:
+            raise SessionError(f"an answer to step {number}, which was never sent")
+
+    def _give_up(self) -> None:
+        jobs = {id(f.job): f.job for f in self._flights.values()} | {id(j): j for j in self._jobs}
+        self._flights.clear()
+        self._jobs.clear()
+        for job in jobs.values():
+            job.future.cancel()
+
+    def _fail(self, error: SessionError) -> None:
+        self.error = error
+        jobs = {id(f.job): f.job for f in self._flights.values()} | {id(j): j for j in self._jobs}
+        self._flights.clear()
+        self._jobs.clear()
+        for job in jobs.values():
+            _resolve(job.future, error)
+
+    async def _failure(self) -> SessionError:
+        """Return why the stream ended, in words."""
+        code = await self._call.code()
+        details = await self._call.details()
+        retry = next(
+            (v for k, v in await self._call.trailing_metadata() or () if k == "retry-after-ms"), None
+        )
+        if code == grpc.StatusCode.OK:
+            return SessionError("the cloud ended the session")
+        if code == grpc.StatusCode.UNAVAILABLE:
+            return SessionError(f"the connection to the cloud was lost ({details})", code)
+        hint = int(retry) / 1000 if isinstance(retry, str) and retry.isdigit() else None
+        return SessionError(f"the cloud refused ({code.name}): {details}", code, hint)
+
+    async def _close(self) -> None:
+        self._fail(SessionError("the session was closed"))
+        for task in self._tasks:
+            task.cancel()
+        if not self._call.done():
+            try:
+                await self._call.done_writing()
+                await asyncio.wait_for(self._call.code(), 1.0)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.TimeoutError):
+                self._call.cancel()
+
+
+def cut(spans: Sequence[Span], limit: int) -> list[list[Span]]:
+    """Cut spans into runs of at most ``limit`` positions, each kept position in the run that has it."""
+    runs: list[list[Span]] = []
+    room = 0
+    for span in spans:
+        start, end = span.start, span.start + span.count
+        while start < end:
+            if room == 0:
+                runs.append([])
+                room = limit
+            count = min(room, end - start)
+            keep = max(0, min(count, start + count - (end - span.keep)))
+            runs[-1].append(Span(span.row, start, count, keep))
+            start, room = start + count, room - count
+    return runs
+
+
+def _resolve(future: "Future[Any]", result: Any) -> None:
+    """Set a result or an error, unless the caller has given up."""
+    try:
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+    except InvalidStateError:
+        pass

@@ -1,0 +1,64 @@
+"""Real cloud processes, each started once: the packaged model, a tiny one, and one with hardly any memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.processes import CloudProcess
+from shared import lowrank
+from shared.models import DEFAULT_MODEL, resolve
+from shared.plan import Plan
+from tests.families import COMMON, build, tokenizer
+from tests.integration.bystander import Bystander
+from tests.integration.served import TINY_PLANS, WIDE, WIDE_BLOCK_BYTES, WIDE_BLOCKS, Served
+
+
+@pytest.fixture(scope="session")
+def packaged_cloud() -> Iterator[CloudProcess]:
+    """Serve the packaged model, as a person would serve it."""
+    with CloudProcess(DEFAULT_MODEL, arguments=("--grace-period-s", "1")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def tiny_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serve four tiny layers, two plans, a short grace period."""
+    folder, cache_dir = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("cache")
+    _save(build("llama"), folder)
+    arguments = ["--grace-period-s", "1", "--kv-bytes", str(16 << 20), "--cache-dir", str(cache_dir)]
+    for plan in TINY_PLANS:
+        arguments += ["--plan", plan]
+    with CloudProcess(str(folder), arguments=[*arguments, "--threads", "1"], log=folder / "log") as process:
+        yield Served(process, folder, cache_dir)
+
+
+@pytest.fixture(scope="session")
+def cramped_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serve one wide layer, so that replies are megabytes; little KV; dropped sessions are held for long."""
+    folder, cache_dir = tmp_path_factory.mktemp("wide"), tmp_path_factory.mktemp("cache")
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["llama"](**COMMON | WIDE | {"num_key_value_heads": 1})
+    _save(AutoModelForCausalLM.from_config(config), folder)
+    arguments = ["--grace-period-s", "3600", "--kv-bytes", str(WIDE_BLOCKS * WIDE_BLOCK_BYTES)]
+    arguments += ["--cache-dir", str(cache_dir), "--plan", TINY_PLANS[0], "--threads", "1"]
+    environment = {"PRIVATELORA_CLOUD_WRITE_TIMEOUT_S": "2"}
+    with CloudProcess(str(folder), arguments=arguments, env=environment, log=folder / "log") as process:
+        yield Served(process, folder, cache_dir)
+
+
+@pytest.fixture(scope="session")
+def bystander(tiny_cloud: Served) -> Bystander:
+    """Return an honest session for the tiny cloud, not started."""
+    checkpoint = resolve(str(tiny_cloud.folder), progress=False)
+    with tiny_cloud.raw() as edge:
+        plan = Plan.parse(edge.offers["r8"].plan_json)
+    matrices, _ = lowrank.ensure(plan, checkpoint, tiny_cloud.cache_dir)
+    return Bystander(tiny_cloud.address, build("llama"), plan, matrices)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)

@@ -1,0 +1,292 @@
+"""Settings, figures, answers, chat and the command line, without a network."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from edge_client import cli
+from edge_client.answer import TextStream, answer, printable
+from edge_client.chat import Chat
+from edge_client.config import EdgeConfig, SettingsError, load_config
+from edge_client.personal import PersonalWeights
+from edge_client.report import Meter, full_activation_bytes
+from shared.adapter import Adapter
+from tests import families
+from tests.unit.edge_fake import FINGERPRINT, split
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRIVATELORA_CONFIG_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def model():
+    edge, _ = split(families.build("llama"))
+    edge.tokenizer = chat_tokenizer()
+    return edge
+
+
+def chat_tokenizer():
+    from edge_client.tokenizer import EdgeTokenizer
+
+    plain = families.tokenizer()
+    return EdgeTokenizer(
+        tokenizer_object=plain.backend_tokenizer,
+        chat_template=plain.chat_template,
+        **plain.special_tokens_map,
+    )
+
+
+# --- personal weights -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["per_projection", "fused"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_residual_codes_are_codes_times_m(layout, tokens):
+    plan = families.plan_for(families.build("llama"), r_c2d=6, r_d2c=4, layout=layout)
+    adapter = Adapter.random(plan, FINGERPRINT, seed=1, std=1.0)
+    codes = torch.randn(tokens, plan.codes_width, generator=torch.Generator().manual_seed(2))
+    found = PersonalWeights(adapter).residual_codes(2, codes)
+    each = [codes[:, g * 6 : g * 6 + 6] @ adapter.matrices[2][g] for g in range(plan.groups)]
+    assert found.shape == (tokens, plan.residual_width) and found.is_contiguous()
+    torch.testing.assert_close(found, torch.cat(each, dim=1))
+
+
+def test_an_adapter_without_a_layer_is_refused():
+    plan = families.plan_for(families.build("llama"))
+    adapter = Adapter.zeros(plan, FINGERPRINT)
+    del adapter.matrices[1]
+    with pytest.raises(ValueError, match=r"no M for layers \[1\]"):
+        PersonalWeights(adapter)
+
+
+# --- settings -------------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_environment_over_file(tmp_path, monkeypatch):
+    file = tmp_path / "mine.toml"
+    file.write_text('cloud = "file:1"\nseed = 1\nmax_new_tokens = 5\n')
+    monkeypatch.setenv("PRIVATELORA_EDGE_SEED", "2")
+    monkeypatch.setenv("PRIVATELORA_EDGE_MAX_NEW_TOKENS", "6")
+    settings = load_config(file, max_new_tokens=7, cloud=None)
+    assert (settings.cloud, settings.seed, settings.max_new_tokens) == ("file:1", 2, 7)
+    (tmp_path / "edge.toml").write_text('cloud = "default:1"\n')
+    assert load_config().cloud == "default:1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour = 1", "colour"),
+        ("seed = -1", "seed"),
+        ("seed = ", "mine.toml"),
+        ('cloud = "nowhere"', "cloud"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, text, message):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        load_config(file)
+
+
+def test_unknown_environment_is_named(monkeypatch):
+    monkeypatch.setenv("PRIVATELORA_EDGE_SEDE", "1")
+    with pytest.raises(SettingsError, match="PRIVATELORA_EDGE_SEDE"):
+        load_config()
+    with pytest.raises(SettingsError, match="no settings file"):
+        load_config(families.Path("/nonexistent.toml"))
+
+
+def test_every_setting_says_its_unit():
+    for name, field in EdgeConfig.model_fields.items():
+        assert field.description, name
+
+
+# --- answers --------------------------------------------------------------------------------------------
+
+
+def test_answer_streams_what_it_returns(model):
+    written = []
+    reply = answer(model, families.prompts(1)[0], EdgeConfig(max_new_tokens=12), written.append)
+    assert (
+        "".join(written)
+        == reply.text
+        == printable(model.tokenizer.decode(reply.tokens, skip_special_tokens=True))
+    )
+    figures = reply.figures
+    assert figures.new_tokens == len(reply.tokens)
+    assert figures.prompt_tokens == len(families.prompts(1)[0]) and figures.reused_tokens == 0
+    assert "decode" in figures.line() and json.dumps(figures.to_json())
+    again = answer(model, families.prompts(1)[0], EdgeConfig(max_new_tokens=12))
+    assert again.tokens == reply.tokens
+    assert again.figures.reused_tokens == figures.prompt_tokens - 1
+
+
+def test_characters_are_written_whole(model):
+    text, written = "añ漢🙂\nz", []
+    stream = TextStream(model.tokenizer, written.append, Meter(model))
+    stream.put(torch.tensor([[1, 2]]))
+    for token in model.tokenizer(text)["input_ids"]:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(written) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(written)
+
+
+def test_answers_cannot_steer_a_terminal():
+    assert printable("a\x1b[2Jb\x9bc\r\x07\td\n") == "a[2Jbc\td\n"
+
+
+def test_answer_ends_where_the_context_does(model):
+    room = model.limits.max_context_tokens
+    model.generation_config.eos_token_id = None
+    reply = answer(model, list(range(10, 10 + room - 3)), EdgeConfig(max_new_tokens=50))
+    assert (reply.finish, len(reply.tokens)) == ("context", 4)
+
+
+def test_interrupted_answer_is_kept(model):
+    def stop(text):
+        raise KeyboardInterrupt
+
+    calls = []
+
+    def write(text):
+        calls.append(text)
+        if len(calls) == 3:
+            stop(text)
+
+    reply = answer(model, families.prompts(1)[0], EdgeConfig(max_new_tokens=12), write)
+    assert reply.finish == "interrupted" and len(reply.tokens) >= 1
+    assert len(answer(model, families.prompts(1)[0], EdgeConfig(max_new_tokens=4)).tokens) == 4
+
+
+def test_seed_makes_sampling_repeatable(model):
+    settings = EdgeConfig(max_new_tokens=8, temperature=1.0, seed=5)
+    one, two = (answer(model, families.prompts(1)[0], settings).tokens for _ in range(2))
+    assert one == two
+
+
+def test_full_activations_as_the_paper_counts_them():
+    plan = families.plan_for(families.build("llama"))
+    assert full_activation_bytes(plan, 2) == 2 * plan.hidden_size * 2 * plan.num_layers
+
+
+# --- chat -----------------------------------------------------------------------------------------------
+
+
+class Talk:
+    def __init__(self, model, agree=True, **settings):
+        self.lines, self.questions, self.agree = [], [], agree
+        self.chat = Chat(
+            model, EdgeConfig(max_new_tokens=4, **settings), lambda t: None, self.lines.append, self.ask
+        )
+
+    def ask(self, question):
+        self.questions.append(question)
+        return self.agree
+
+
+def test_next_turn_reuses_the_conversation(model):
+    talk = Talk(model, system="Be brief.")
+    first = talk.chat.turn("Hi")
+    second = talk.chat.turn("Why?")
+    assert second.figures.reused_tokens >= first.figures.prompt_tokens
+    assert [m["role"] for m in talk.chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_full_context_offers_to_drop_the_oldest(model):
+    talk = Talk(model)
+    talk.chat.turn("a" * 60)
+    assert talk.chat.turn("b" * 60) is not None
+    assert len(talk.questions) == 1 and "Drop the oldest" in talk.questions[0]
+    assert talk.chat.turns == 1 and "b" in talk.chat.messages[0]["content"]
+    refusing = Talk(model, agree=False)
+    refusing.chat.turn("a" * 60)
+    assert refusing.chat.turn("b" * 60) is None and refusing.chat.turns == 1
+    assert refusing.chat.turn("c" * 500) is None
+    assert Talk(model).chat.turn("c" * 500) is None
+
+
+def test_commands(model, tmp_path):
+    talk = Talk(model)
+    talk.chat.turn("Hi")
+    talk.chat.turn("Ho")
+    assert talk.chat.command("/drop") and talk.chat.turns == 1
+    assert talk.chat.command("/drop 5") and talk.chat.turns == 0
+    assert talk.chat.command("/reset") and talk.chat.command("/help") and talk.chat.command("/nonsense")
+    assert "no such command" in talk.lines[-1]
+    assert not talk.chat.command("/quit")
+
+
+# --- command line ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(model, monkeypatch):
+    @contextmanager
+    def given(settings):
+        yield model
+
+    monkeypatch.setattr(cli, "_model", given)
+    return lambda *args, **kwargs: CliRunner().invoke(cli.app, list(args), **kwargs)
+
+
+def test_generate_prints_the_answer_and_then_figures(run):
+    result = run("generate", "--prompt", "Hello", "--max-new-tokens", "5")
+    assert result.exit_code == 0, result.output
+    assert result.output.rstrip().splitlines()[-1].startswith("[prompt ")
+
+
+def test_generate_json_and_stdin(run):
+    result = run("generate", "--json", "--raw", "--max-new-tokens", "5", input="Hello")
+    found = json.loads(result.stdout)
+    assert found["new_tokens"] == len(found["tokens"]) and {"text", "finish", "reduction"} <= found.keys()
+    assert found["prompt_tokens"] == 5
+
+
+def test_errors_are_one_line(run):
+    result = run("generate", "--prompt", "x" * 500)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the context is full") and result.stderr.count("\n") == 1
+    assert run("generate", "--prompt", "x", "--temperature", "-1").exit_code == 2
+    assert run("generate", "--prompt", "x", "--cloud", "nowhere").exit_code == 2
+
+
+def test_interrupted_generate_prints_figures_and_says_so_by_its_exit_code(run, model, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate", interrupt)
+    result = run("generate", "--prompt", "Hello")
+    assert result.exit_code == 130 and result.stderr == ""
+    assert "[prompt " in result.stdout
+
+
+def test_chat_goes_on_after_errors_and_commands(run):
+    result = run("chat", "--max-new-tokens", "3", input="Hi\n/adapter /nonexistent\n\n/reset\nHo\n")
+    assert result.exit_code == 0, result.output
+    assert "error: cannot read adapter" in result.output or "error: this model was not made" in result.output
+    assert result.output.count("[prompt ") == 2
+
+
+def test_help_is_there_without_torch():
+    code = "import sys; from edge_client import cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    for command in ("generate", "chat", "info"):
+        assert "--cloud" in CliRunner().invoke(cli.app, [command, "--help"]).output
+
+
+def test_the_edge_needs_no_cloud_library():
+    code = (
+        "import sys\nfor name in ('gguf', 'accelerate', 'cloud_server', 'grpc_health', 'grpc_reflection'):\n"
+        "    sys.modules[name] = None\n"
+        "import edge_client.connect, edge_client.chat, edge_client.info\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
