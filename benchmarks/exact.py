@@ -37,8 +37,6 @@ from shared.exactness import Comparison, Greedy, combined, compare, continuation
 from shared.models import DEFAULT_MODEL, resolve
 from shared.reference import merged
 
-# Found by trying: large enough to change nearly every answer, small enough to leave them fluent.
-STD, SEED = 0.05, 0
 MIN_DIFFERENT = 0.9  # of the prompts, against the base model's output
 MIN_DISTINCT = 20 / 64  # different tokens per new token, in each output
 MAIN = "per-projection"
@@ -56,6 +54,8 @@ class Size:
     sessions: int
 
 
+# Found by trying: large enough to change every answer, small enough to leave it fluent.
+STD, SEED = 0.05, 0
 FULL = Size(prompts=20, tokens=64, plan_prompts=4, plan_tokens=32, chunks=(1, 7, 64), sessions=10)
 SMALL = Size(prompts=4, tokens=16, plan_prompts=1, plan_tokens=12, chunks=(7,), sessions=5)
 
@@ -94,7 +94,6 @@ class Bench:
     checkpoint: Checkpoint
     address: str
     folder: Path  # for the edge's pins, which are nobody else's
-    std: float
     seed: int
     cases: list[Case] = field(default_factory=list)
     expected: dict[str, list[Greedy]] = field(default_factory=dict)  # by the edge's name
@@ -210,7 +209,7 @@ def run(options: argparse.Namespace) -> int:
         CloudProcess(options.model, "float32", arguments) as cloud,
         tempfile.TemporaryDirectory() as folder,
     ):
-        bench = Bench(base, checkpoint, cloud.address, Path(folder), options.std, options.seed)
+        bench = Bench(base, checkpoint, cloud.address, Path(folder), options.seed)
         prompts = tokenized(bench, slugs[MAIN], size.prompts)
         bench.compare("zero M", slugs[MAIN], 0.0, prompts, size.tokens)
         main = bench.compare("random M", slugs[MAIN], options.std, prompts, size.tokens)
@@ -258,7 +257,7 @@ def tokenized(bench: Bench, plan: str, count: int) -> list[list[int]]:
     tokenizer = PrivateLoraForCausalLM.from_cloud(bench.address, plan=plan, config_dir=bench.folder).tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise SystemExit("this model has no chat template; exactness is stated for chat prompts")
-    chats = [[{"role": "user", "content": text}] for text in PROMPTS[:count]]
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS[:: len(PROMPTS) // count]]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
 
 

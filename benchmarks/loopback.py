@@ -35,7 +35,7 @@ class Stopwatch(StoppingCriteria):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Note the time of a step."""
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool)
@@ -88,7 +88,7 @@ def decode_many(model: Any, prompts: Tensor, tokens: int) -> tuple[float, float]
     """Return aggregate tokens/s of one thread per session, and the slowest's share of the median."""
     runs: list[list[float]] = []
     threads = [
-        threading.Thread(target=lambda p=prompt: runs.append(decode(model, p[None], tokens)))  # type: ignore[misc]
+        threading.Thread(target=lambda p=prompt: runs.append(decode(model, p[None], tokens)))
         for prompt in prompts
     ]
     for thread in threads:

@@ -9,6 +9,7 @@ personal weights or the network.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +59,24 @@ class Slice:
         return self.lo == 0 and self.hi == self.step.tokens
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where a batch's tokens belong: the same in every layer, so made once.
+
+    ``rotary`` is cos and sin, ``(1, tokens, rotary_dim)`` each, by layer type or under "all".
+    """
+
+    attention: CachedAttention
+    rotary: dict[str, tuple[Tensor, Tensor]]
+
+
 class Layer:
     """One decoder layer with its projections taken out in front.
 
     ``weight (q_dim + 2 kv_dim, hidden_size)`` is the stacked q|k|v product.
     """
 
-    def __init__(self, module: nn.Module, kind: str) -> None:
+    def __init__(self, module: nn.Module, rotary_key: str) -> None:
         attention, norm = getattr(module, "self_attn", None), getattr(module, "input_layernorm", None)
         if (
             attention is None
@@ -75,7 +87,7 @@ class Layer:
                 f"{type(module).__name__} has no self_attn with q/k/v (or qkv) projections "
                 "behind an input_layernorm"
             )
-        self.module, self.kind, self.norm = module, kind, norm
+        self.module, self.rotary_key, self.norm = module, rotary_key, norm
         module.input_layernorm = nn.Identity()  # the norm runs in front, for the codes
         names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         linears: list[nn.Linear] = [getattr(attention, name) for name in names]
@@ -149,14 +161,16 @@ class Backbone:
             layer, local = names[name]
             by_layer[layer][local] = tensor
         del tensors
+        self.rotary_kinds = tuple(rope_parameters(config))
+        self._last_layout: tuple[Any, Layout] | None = None
         self.layers: dict[int, Layer] = {}
         for layer in self.served:
             module = skeleton.layers[layer]
             module.load_state_dict(by_layer.pop(layer), strict=True, assign=True)
-            self.layers[layer] = Layer(module.eval().requires_grad_(False), kinds[layer])
+            rotary_key = kinds[layer] if kinds[layer] in self.rotary_kinds else "all"
+            self.layers[layer] = Layer(module.eval().requires_grad_(False), rotary_key)
         # Rotary frequencies are computed, not stored, so this module is made outside "meta".
         self.rotary_module = type(skeleton.rotary_emb)(config).to(self.device)
-        self.rotary_kinds = tuple(rope_parameters(config))
         self._lowrank = {
             name: (
                 {layer: a.to(self.device, dtype) for layer, a in lowrank.a.items()},
@@ -202,8 +216,8 @@ class Backbone:
         layer = self.layers[number]
         hidden = _cat([s.step.hidden[s.lo : s.hi] for s in slices])  # (tokens, hidden_size)
         qkv = self._products(layer, number, hidden, slices)
-        batch = CachedAttention(cache, _parts(slices))
-        out = layer(hidden, qkv, self._rotary_of(slices, layer.kind), batch)
+        layout = self._layout(slices, cache)
+        out = layer(hidden, qkv, layout.rotary[layer.rotary_key], layout.attention)
         at = 0
         for s in slices:
             count = s.hi - s.lo
@@ -216,6 +230,18 @@ class Backbone:
             if s.hi == s.step.tokens:
                 s.step.layer, s.step.offset, s.step.stash = number + 1, 0, None
                 s.step.residual_codes.pop(number, None)
+
+    def _layout(self, slices: Sequence[Slice], cache: KvCache) -> Layout:
+        """Return what these slices need in every layer; steps that stay together share it down the stack."""
+        key = tuple((s.step.serial, s.lo, s.hi, s.tables) for s in slices)
+        if self._last_layout is None or self._last_layout[0] != key:
+            if len(slices) == 1 and slices[0].whole:
+                positions = slices[0].step.positions
+            else:
+                positions = torch.cat([s.step.positions[s.lo : s.hi] for s in slices])
+            layout = Layout(CachedAttention(cache, _parts(slices)), self.rotary(positions))
+            self._last_layout = key, layout
+        return self._last_layout[1]
 
     def _products(self, layer: Layer, number: int, hidden: Tensor, slices: Sequence[Slice]) -> Tensor:
         """Return q|k|v with every residual added: ``(tokens, q_dim + 2 kv_dim)``."""
@@ -244,19 +270,6 @@ class Backbone:
             zg = z if plan.layout == "fused" else z[:, group * plan.r_d2c : (group + 1) * plan.r_d2c]
             qkv[:, at[target] : at[target] + width].addmm_(zg, b[:, column : column + width])
             column += width
-
-    def _rotary_of(self, slices: Sequence[Slice], kind: str) -> tuple[Tensor, Tensor]:
-        key = "all" if self.rotary_kinds == ("all",) else kind
-        cosines, sines = [], []
-        for s in slices:
-            if not s.step.rotary:
-                s.step.rotary = self.rotary(s.step.positions)
-            cos, sin = s.step.rotary[key]
-            cosines.append(cos[:, s.lo : s.hi])
-            sines.append(sin[:, s.lo : s.hi])
-        if len(slices) == 1:
-            return cosines[0], sines[0]
-        return torch.cat(cosines, dim=1), torch.cat(sines, dim=1)
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ layers have made of it so far. Knows nothing about the network or about other st
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ class Step:
     cancelled: bool = False
     is_running: bool = False  # a slice of it is on the torch thread
     ready_since: float = 0.0
+    serial: int = field(default_factory=count().__next__)  # unlike any other step's, in any session
     positions: Tensor = field(init=False)  # (tokens,)
-    rotary: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Lay the spans' positions end to end."""

@@ -1,15 +1,16 @@
 """The personal weights M and the one product that an exchange asks of them: z = cM.
 
 M never leaves this process. The products are tiny (three 64 x 64 matrices by default) and sit in the
-middle of every round trip, so what counts is the fixed cost of a call, not arithmetic: one batched
-product over all groups takes about 4 microseconds for one token, slicing per group three times that.
+middle of every round trip, so what counts is the fixed cost of a call, not arithmetic. One token goes
+through numpy: behind a cold cache, as on a core shared with the cloud, torch's dispatch costs twice that.
 """
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from shared.adapter import Adapter
 from shared.plan import Plan
+from shared.wire import Array
 
 
 class PersonalWeights:
@@ -25,14 +26,14 @@ class PersonalWeights:
     def __init__(self, adapter: Adapter) -> None:
         self.plan: Plan = adapter.plan
         self._matrices = {
-            layer: matrix.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+            layer: matrix.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous().numpy()
             for layer, matrix in adapter.matrices.items()
         }
         missing = set(self.plan.adapted_layers) - self._matrices.keys()
         if missing:
             raise ValueError(f"the adapter has no M for layers {sorted(missing)} of plan {self.plan.name!r}")
 
-    def residual_codes(self, layer: int, codes: Tensor) -> Tensor:
+    def residual_codes(self, layer: int, codes: Array) -> Array:
         """Return z = cM for adapted layer ``layer``, group by group.
 
         Parameters
@@ -40,17 +41,18 @@ class PersonalWeights:
         layer
             An adapted layer of the plan.
         codes
-            ``(tokens, groups * r_c2d)`` fp32 on the CPU.
+            ``(tokens, groups * r_c2d)``.
 
         Returns
         -------
-        Tensor
-            ``(tokens, groups * r_d2c)`` fp32, contiguous.
+        Array
+            ``(tokens, groups * r_d2c)``, contiguous.
         """
         matrix = self._matrices[layer]  # (groups, r_c2d, r_d2c)
         groups, width, _ = matrix.shape
         if codes.shape[0] == 1:
             # One token's codes are already (groups, 1, r_c2d) in memory; nothing is copied.
-            return torch.bmm(codes.view(groups, 1, width), matrix).view(1, -1)
-        by_group = codes.view(-1, groups, width).transpose(0, 1)  # (groups, tokens, r_c2d)
-        return torch.bmm(by_group, matrix).transpose(0, 1).reshape(codes.shape[0], -1)
+            return np.matmul(codes.reshape(groups, 1, width), matrix).reshape(1, -1)
+        by_group = torch.from_numpy(codes).view(-1, groups, width).transpose(0, 1)  # (groups, tokens, r_c2d)
+        z = torch.bmm(by_group, torch.from_numpy(matrix))  # (groups, tokens, r_d2c)
+        return z.transpose(0, 1).reshape(codes.shape[0], -1).numpy()

@@ -290,15 +290,14 @@ class Session:
         if message.layer not in self.plan.exchange_layers:
             raise SessionError(f"codes for layer {message.layer}, which does not exchange in this plan")
         shape = (flight.tokens, self.plan.codes_width)
-        codes = wire.decode(message.codes, dtype=self.wire_dtype, shape=shape, what="codes")
-        with torch.inference_mode():
-            c = codes.float()  # (tokens, groups * r_c2d)
-            answers = [
-                pb.LayerCodes(
-                    layer=layer, codes=wire.encode(self.personal.residual_codes(layer, c), self.wire_dtype)
-                )
-                for layer in self.plan.fed_by(message.layer)
-            ]
+        codes = wire.decode_array(message.codes, dtype=self.wire_dtype, shape=shape, what="codes")
+        answers = [
+            pb.LayerCodes(
+                layer=layer,
+                codes=wire.encode_array(self.personal.residual_codes(layer, codes), self.wire_dtype),
+            )
+            for layer in self.plan.fed_by(message.layer)
+        ]
         self.traffic.round_trips += 1
         answer = pb.ResidualCodes(step=message.step, residual_codes=answers)
         self._put(pb.DecodeRequest(residual_codes=answer).SerializeToString())

@@ -6,6 +6,7 @@ agree on all of it. Knows nothing about tensors, sessions or the wire's element 
 """
 
 import json
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -107,7 +108,16 @@ class Plan(BaseModel):
 
     def fed_by(self, exchange: int) -> tuple[int, ...]:
         """Return the adapted layers that the codes of layer ``exchange`` feed."""
-        return tuple(layer for layer in self.adapted_layers if self.source_of(layer) == exchange)
+        return self._feeds.get(exchange, ())
+
+    @cached_property
+    def _feeds(self) -> dict[int, tuple[int, ...]]:
+        """Exchange layer -> the layers it feeds; asked for several times an exchange, so made once."""
+        feeds: dict[int, tuple[int, ...]] = {}
+        for layer in self.adapted_layers:
+            source = self.source_of(layer)
+            feeds[source] = (*feeds.get(source, ()), layer)
+        return feeds
 
     def canonical_json(self) -> str:
         """Return the one JSON text that is hashed and sent: sorted keys, no spaces."""

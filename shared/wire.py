@@ -4,10 +4,12 @@ Checks everything a peer could get wrong before it allocates. Knows nothing abou
 or what a tensor means.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,12 +24,19 @@ TORCH_DTYPES = {
     pb.DTYPE_BFLOAT16: torch.bfloat16,
 }
 WIRE_DTYPES = {dtype: number for number, dtype in TORCH_DTYPES.items()}
-_NUMPY = {pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_FLOAT16: np.float16}
+_NUMPY: dict[int, type[np.generic]] = {
+    pb.DTYPE_FLOAT32: np.float32,
+    pb.DTYPE_FLOAT16: np.float16,
+    pb.DTYPE_BFLOAT16: np.uint16,  # numpy has no bfloat16; the bits are what matters
+}
 DTYPE_NAMES = {
     "float32": pb.DTYPE_FLOAT32,
     "float16": pb.DTYPE_FLOAT16,
     "bfloat16": pb.DTYPE_BFLOAT16,
 }
+
+
+Array = npt.NDArray[np.float32]
 
 
 class WireError(ValueError):
@@ -56,6 +65,13 @@ def encode(tensor: Tensor, dtype: "pb.Dtype.ValueType") -> pb.Tensor:
     return pb.Tensor(dtype=dtype, shape=plain.shape, data=plain.numpy().tobytes())
 
 
+def encode_array(array: Array, dtype: "pb.Dtype.ValueType") -> pb.Tensor:
+    """Return a float32 array as wire bytes in ``dtype``; for the few hundred elements of an exchange."""
+    if dtype == pb.DTYPE_FLOAT32:
+        return pb.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
+    return encode(torch.from_numpy(array), dtype)
+
+
 def decode(message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str) -> Tensor:
     """Return the tensor in ``message``, on the CPU.
 
@@ -78,27 +94,41 @@ def decode(message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[i
     WireError
         On a wrong dtype, shape or byte count, or on NaN or infinity.
     """
+    buffer = _checked(message, dtype, shape, what)
+    if not buffer:
+        return torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype])
+    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(tuple(shape))
+
+
+def decode_array(
+    message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str
+) -> Array:
+    """Do as `decode` does, but return a float32 array: an exchange is faster without torch."""
+    bits = np.frombuffer(_checked(message, dtype, shape, what), _NUMPY[dtype])
+    if dtype == pb.DTYPE_BFLOAT16:
+        return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return bits.astype(np.float32, copy=False).reshape(shape)
+
+
+def _checked(message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str) -> bytearray:
+    """Return the message's elements, all finite, in a buffer of their own."""
     if message.dtype != dtype:
         raise WireError(
             f"{what}: dtype is {dtype_name(message.dtype)}, this session agreed on {dtype_name(dtype)}"
         )
     if tuple(message.shape) != tuple(shape):
         raise WireError(f"{what}: shape is {tuple(message.shape)[:8]}, expected {tuple(shape)}")
-    data = message.data  # one read: every access copies
-    torch_dtype = TORCH_DTYPES[dtype]
-    expected = torch_dtype.itemsize
-    for size in shape:
-        expected *= size
-    if len(data) != expected:
-        raise WireError(f"{what}: {len(data)} bytes of data, expected {expected} for {tuple(shape)}")
-    buffer = bytearray(data)  # writable, so that torch may own it
+    buffer = bytearray(message.data)  # one read, every access copies; writable, so that torch may own it
+    expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    if len(buffer) != expected:
+        raise WireError(f"{what}: {len(buffer)} bytes of data, expected {expected} for {tuple(shape)}")
+    elements = np.frombuffer(buffer, _NUMPY[dtype])
     if dtype == pb.DTYPE_BFLOAT16:
-        bits = np.frombuffer(buffer, dtype=np.uint16)
-        finite = bool(((bits & 0x7F80) != 0x7F80).all())
+        finite = bool(((elements & 0x7F80) != 0x7F80).all())
     else:
-        finite = bool(np.isfinite(np.frombuffer(buffer, _NUMPY[dtype])).all())
+        with np.errstate(over="ignore", invalid="ignore"):
+            # A finite sum has finite terms; only a sum that overflows needs the second look.
+            finite = math.isfinite(elements.sum()) or bool(np.isfinite(elements).all())
     if not finite:
         raise WireError(f"{what}: holds NaN or infinity; every element must be finite")
-    if not buffer:
-        return torch.empty(tuple(shape), dtype=torch_dtype)
-    return torch.frombuffer(buffer, dtype=torch_dtype).view(tuple(shape))
+    return buffer

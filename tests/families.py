@@ -269,6 +269,26 @@ FAMILIES: dict[str, Family] = {
 CASES = [(family.model_type, feature) for family in FAMILIES.values() for feature in family.features]
 CASE_IDS = [f"{model_type}-{feature.name}" for model_type, feature in CASES]
 
+# Settings that models of these families have and that the models above do not; each is served too.
+ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+VARIANTS: dict[str, tuple[str, Config]] = {
+    "llama-one_kv_head": ("llama", {"num_key_value_heads": 1}),
+    "llama-no_grouping": ("llama", {"num_key_value_heads": 6}),
+    "llama-mlp_bias": ("llama", {"mlp_bias": True}),
+    "llama-linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", **ROPE}}),
+    "llama-yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", **ROPE}}),
+    "mistral-no_window": ("mistral", {"sliding_window": None}),
+    "qwen2-no_window": ("qwen2", {"use_sliding_window": False, "layer_types": None}),
+    "qwen2-upper_layers_slide": ("qwen2", {"max_window_layers": 2, "layer_types": None}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "gemma2-no_caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-untied": ("gemma2", {"tie_word_embeddings": False}),
+    "gemma3-all_slide": ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}),
+    "gemma3-none_slides": ("gemma3_text", {"layer_types": ["full_attention"] * 4}),
+    "gemma3-bias": ("gemma3_text", {"attention_bias": True}),
+    "phi3-no_window": ("phi3", {"sliding_window": None}),
+}
+
 # Standard deviation of a product's output for an input of variance one. Query and key gains make the
 # attention scores spread by about 2.5, so that it matters which position is seen.
 GAINS = {"q_proj": 1.6, "k_proj": 1.6, "qkv_proj": 1.4, "o_proj": 1.5, "down_proj": 1.5, "lm_head": 3.0}
@@ -297,13 +317,16 @@ def _randomise(model: PreTrainedModel, family: Family, generator: torch.Generato
 
 
 @torch.no_grad()
-def build(model_type: str, *, without: Feature | None = None, seed: int | None = None) -> PreTrainedModel:
+def build(
+    model_type: str, *, without: Feature | None = None, seed: int | None = None, **changes: Any
+) -> PreTrainedModel:
     """Return a small fp32 model of the family in eval mode; equal arguments give equal bits.
 
-    ``without`` switches one feature off and leaves the rest of the model as it was.
+    ``without`` switches one feature off and leaves the rest of the model as it was. ``changes`` are
+    fields of the configuration, for a model of another kind.
     """
     family = FAMILIES[model_type]
-    config = CONFIG_MAPPING[model_type](**COMMON | family.config)
+    config = CONFIG_MAPPING[model_type](**COMMON | family.config | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _randomise(model, family, torch.Generator().manual_seed(family.seed if seed is None else seed))
     if without is None:
@@ -336,9 +359,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save(model_type: str, folder: Path, *, without: Feature | None = None, seed: int | None = None) -> Path:
-    """Write the model and its tokenizer as a Hugging Face folder and return the folder."""
-    build(model_type, without=without, seed=seed).save_pretrained(folder)
+def save(model_type: str, folder: Path, **options: Any) -> Path:
+    """Write ``build(model_type, **options)`` and its tokenizer as a Hugging Face folder; return the folder."""
+    build(model_type, **options).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
     return folder

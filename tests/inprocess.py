@@ -48,10 +48,10 @@ def adapter(plan: Plan, matrices: Matrices) -> Adapter:
 class Stream:
     """One session, with an edge that answers every exchange; a `edge_client.pool.SessionLike`."""
 
-    def __init__(self, cloud: "Cloud", plan: Plan, matrices: Matrices, chunk_tokens: int = 512) -> None:
-        self.cloud, self.plan, self.chunk_tokens = cloud, plan, chunk_tokens
-        self.personal = PersonalWeights(adapter(plan, matrices))
-        self.session = Session(plan, pb.DTYPE_FLOAT32, LIMITS, cloud.engine)
+    def __init__(self, cloud: "Cloud", personal: PersonalWeights, chunk_tokens: int = 512) -> None:
+        self.cloud, self.personal, self.chunk_tokens = cloud, personal, chunk_tokens
+        self.plan = personal.plan
+        self.session = Session(self.plan, pb.DTYPE_FLOAT32, LIMITS, cloud.engine)
         self.answers: dict[int, dict[int, pb.Tensor]] = {}  # step -> layer -> residual codes that were sent
         self.traffic = Traffic()  # nothing is on a wire
         self.number = 0
@@ -97,11 +97,12 @@ class Stream:
 
     def _exchange(self, message: pb.Codes, tokens: int) -> None:
         shape = (tokens, self.plan.codes_width)
-        codes = wire.decode(message.codes, dtype=pb.DTYPE_FLOAT32, shape=shape, what="codes")
+        codes = wire.decode_array(message.codes, dtype=pb.DTYPE_FLOAT32, shape=shape, what="codes")
         sent = self.answers.setdefault(message.step, {})
         fed = self.plan.fed_by(message.layer)
         for layer in fed:
-            sent[layer] = wire.encode(self.personal.residual_codes(layer, codes), pb.DTYPE_FLOAT32)
+            z = self.personal.residual_codes(layer, codes)
+            sent[layer] = wire.encode_array(z, pb.DTYPE_FLOAT32)
         answers = [pb.LayerCodes(layer=layer, codes=sent[layer]) for layer in fed]
         self.session.answer(pb.ResidualCodes(step=message.step, residual_codes=answers))
 
@@ -187,7 +188,10 @@ class Cloud:
 
     def open(self, plan: Plan, matrices: Matrices, chunk_tokens: int = 512) -> Stream:
         """Open a session for these personal weights; a step is cut into chunks, all in flight at once."""
-        self._streams.append(Stream(self, plan, matrices, chunk_tokens))
+        return self._open(PersonalWeights(adapter(plan, matrices)), chunk_tokens)
+
+    def _open(self, personal: PersonalWeights, chunk_tokens: int) -> Stream:
+        self._streams.append(Stream(self, personal, chunk_tokens))
         return self._streams[-1]
 
     def close_streams(self) -> None:
@@ -211,5 +215,5 @@ class Cloud:
             shell,
             limits,
             adapter(plan, matrices),
-            lambda personal: self.open(plan, personal._matrices, chunk_tokens),
+            lambda personal: self._open(personal, chunk_tokens),
         )

@@ -25,6 +25,7 @@ from tests.families import (
     CASE_IDS,
     CASES,
     FAMILIES,
+    VARIANTS,
     WINDOW,
     Feature,
     build,
@@ -264,6 +265,15 @@ def test_prompt_lookup_drafting_gives_the_same_tokens(name: str, parts_of) -> No
     expected = [greedy(split.reference, prompt, NEW_TOKENS)]
     verdict = compare(expected, continuation(edge, prompt_lookup_num_tokens=4))
     assert verdict.exact, str(verdict)
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS.values(), ids=VARIANTS)
+def test_other_settings_of_a_family(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    folder, model, prompt = save(name, tmp_path, **changes), build(name, **changes), prompts(1)[0]
+    plan = plan_for(model)
+    lowrank, matrices = lowrank_for(plan, model), matrices_for(plan)
+    with Cloud(folder, [(plan, lowrank)]) as cloud, cloud.edge(plan, matrices, chunk_tokens=7) as edge:
+        assert_close(logits_of(edge, prompt), logits_of(merged(model, plan, lowrank, matrices), prompt))
 
 
 # --- a feature that the split ignored would be seen ---------------------------------------------------

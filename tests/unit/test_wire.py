@@ -1,0 +1,144 @@
+"""Tensors on the wire: what goes in comes out, and whatever a peer gets wrong is refused in words."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import wire
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.wire import WireError, decode, encode
+
+DTYPES = list(wire.TORCH_DTYPES)
+IDS = [wire.dtype_name(dtype) for dtype in DTYPES]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7,), (2, 3, 4), (0, 6)])
+def test_what_goes_in_comes_out(dtype: int, shape: tuple[int, ...]) -> None:
+    sent = noise(*shape).to(wire.TORCH_DTYPES[dtype])
+    message = pb.Tensor.FromString(encode(sent, dtype).SerializeToString())
+    got = decode(message, dtype=dtype, shape=shape, what="it")
+    assert got.dtype == sent.dtype and torch.equal(got, sent)
+
+
+@each_dtype
+def test_the_bytes_are_little_endian_rows(dtype: int) -> None:
+    message = encode(torch.tensor([[1.0, -2.0], [0.5, 3.0]]), dtype)
+    assert message.dtype == dtype and list(message.shape) == [2, 2]
+    expected = {
+        pb.DTYPE_FLOAT32: np.array([1, -2, 0.5, 3], "<f4").tobytes(),
+        pb.DTYPE_FLOAT16: np.array([1, -2, 0.5, 3], "<f2").tobytes(),
+        pb.DTYPE_BFLOAT16: bytes.fromhex("803f00c0003f4040"),
+    }
+    assert message.data == expected[dtype]
+
+
+@each_dtype
+def test_a_transposed_tensor_is_sent_as_it_reads(dtype: int) -> None:
+    sent = noise(4, 3).to(wire.TORCH_DTYPES[dtype]).T
+    assert torch.equal(decode(encode(sent, dtype), dtype=dtype, shape=(3, 4), what="it"), sent)
+
+
+def test_what_comes_out_may_be_written_to() -> None:
+    message = encode(noise(2, 2), pb.DTYPE_FLOAT32)
+    got = decode(message, dtype=pb.DTYPE_FLOAT32, shape=(2, 2), what="it")
+    got.zero_()
+    assert decode(message, dtype=pb.DTYPE_FLOAT32, shape=(2, 2), what="it").abs().max() > 0
+
+
+def test_a_tensor_with_gradients_is_sent_without() -> None:
+    sent = torch.ones(1, 2, requires_grad=True)
+    assert not decode(
+        encode(sent, pb.DTYPE_FLOAT32), dtype=pb.DTYPE_FLOAT32, shape=(1, 2), what="it"
+    ).requires_grad
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_refused(dtype: int, value: float) -> None:
+    tensor = noise(3, 4)
+    tensor[2, 3] = value
+    with pytest.raises(WireError, match="codes: holds NaN or infinity"):
+        decode(encode(tensor, dtype), dtype=dtype, shape=(3, 4), what="codes")
+
+
+@each_dtype
+def test_the_largest_finite_values_pass(dtype: int) -> None:
+    info = torch.finfo(wire.TORCH_DTYPES[dtype])
+    sent = torch.tensor([[info.max, info.min, info.tiny, -0.0]], dtype=wire.TORCH_DTYPES[dtype])
+    assert torch.equal(decode(encode(sent, dtype), dtype=dtype, shape=(1, 4), what="it"), sent)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(pb.DTYPE_FLOAT16, 5), (pb.DTYPE_BFLOAT16, 8)])
+def test_every_pattern_of_sixteen_bits(dtype: int, width: int) -> None:
+    """A pattern is refused exactly when its exponent is all ones."""
+    exponent = ((1 << width) - 1) << (15 - width)
+    for bits in range(0, 1 << 16, 7):
+        message = pb.Tensor(dtype=dtype, shape=[1], data=bits.to_bytes(2, "little"))
+        if bits & exponent == exponent:
+            with pytest.raises(WireError):
+                decode(message, dtype=dtype, shape=(1,), what="it")
+        else:
+            assert decode(message, dtype=dtype, shape=(1,), what="it").isfinite().all()
+
+
+def test_an_overflow_of_float16_is_never_silent() -> None:
+    with pytest.raises(WireError, match="infinity"):
+        decode(encode(torch.tensor([1e6]), pb.DTYPE_FLOAT16), dtype=pb.DTYPE_FLOAT16, shape=(1,), what="it")
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (pb.Tensor(), "dtype is unknown dtype 0, this session agreed on float32"),
+        (pb.Tensor(dtype=pb.DTYPE_BFLOAT16, shape=[2, 3], data=bytes(12)), "dtype is bfloat16"),
+        (
+            pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[3, 2], data=bytes(24)),
+            r"shape is \(3, 2\), expected \(2, 3\)",
+        ),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[6], data=bytes(24)), r"shape is \(6,\)"),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[1, 2, 3], data=bytes(24)), "shape"),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, data=bytes(24)), r"shape is \(\)"),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2, 3], data=bytes(23)), "23 bytes of data, expected 24"),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2, 3], data=bytes(25)), "25 bytes"),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2, 3]), "0 bytes"),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2**32 - 1] * 3, data=b"x"), "shape"),
+    ],
+)
+def test_what_was_not_agreed_is_refused(message: pb.Tensor, words: str) -> None:
+    with pytest.raises(WireError, match=words):
+        decode(message, dtype=pb.DTYPE_FLOAT32, shape=(2, 3), what="it")
+
+
+def test_a_message_about_a_long_shape_is_short() -> None:
+    with pytest.raises(WireError) as error:
+        decode(pb.Tensor(dtype=1, shape=[1] * 100_000), dtype=1, shape=(2, 3), what="it")
+    assert len(str(error.value)) < 200
+
+
+@given(raw=st.binary(max_size=64))
+def test_any_bytes_are_a_tensor_or_an_error(raw: bytes) -> None:
+    for dtype in DTYPES:
+        size = len(raw) // wire.TORCH_DTYPES[dtype].itemsize
+        try:
+            got = decode(
+                pb.Tensor(dtype=dtype, shape=[size], data=raw), dtype=dtype, shape=(size,), what="it"
+            )
+        except WireError:
+            continue
+        assert got.shape == (size,) and got.isfinite().all()
+
+
+def test_dtypes_have_names() -> None:
+    assert wire.dtype_name(pb.DTYPE_BFLOAT16) == "bfloat16"
+    assert wire.dtype_name(42) == "unknown dtype 42"
+    assert {
+        wire.WIRE_DTYPES[torch_dtype]: torch_dtype for torch_dtype in wire.WIRE_DTYPES
+    } == wire.TORCH_DTYPES
