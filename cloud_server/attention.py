@@ -87,7 +87,7 @@ class CachedAttention:
     cache: KvCache
     parts: list[Part]
     _slots: Tensor | None = None
-    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def attend(
         self,
@@ -122,16 +122,20 @@ class CachedAttention:
         else:
             kv = pool.index_select(2, part.table.slots(part.end)[first:].to(pool.device))
         k, v = kv[0], kv[1]  # (kv_heads, visible, head_dim)
-        alone = part.hi - part.lo == 1  # one position sees all that is there
-        mask = None if alone else self._mask(index, first, window, q.device)
-        return attend_one(q, k, v, scale, mask, softcap)
+        if part.hi - part.lo == 1:  # one position sees all that is there
+            return attend_one(q, k, v, scale, None, softcap)
+        if part.start == 0 and softcap is None and (window is None or part.end <= window):
+            return attend_from_start(q, k, v, scale)
+        return attend_one(q, k, v, scale, self._mask(index, first, window, q, k.shape[0]), softcap)
 
-    def _mask(self, index: int, first: int, window: int | None, device: torch.device) -> Tensor:
-        """Return which keys each new position sees: ``(tokens, visible)`` bool, the same in every layer."""
+    def _mask(self, index: int, first: int, window: int | None, q: Tensor, kv_heads: int) -> Tensor:
+        """Return what is added to the logits, 0 or -inf, in every layer: ``(group * tokens, visible)``."""
         mask = self._masks.get((index, window))
         if mask is None:
             part = self.parts[index]
-            mask = visible(part.start, part.end, first, window, device)
+            seen = visible(part.start, part.end, first, window, q.device)
+            mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
+            mask = mask.repeat(q.shape[0] // kv_heads, 1)
             self._masks[index, window] = mask
         return mask
 
@@ -146,6 +150,17 @@ def visible(start: int, end: int, first: int, window: int | None, device: torch.
     return mask
 
 
+def attend_from_start(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attend for a row's first positions: the kernel skips what causality hides, half of the work.
+
+    Shapes as in `attend_one`, with as many visible positions as tokens.
+    """
+    group = q.shape[0] // k.shape[0]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
+
+
 def attend_one(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
 ) -> Tensor:
@@ -158,7 +173,7 @@ def attend_one(
     k, v
         ``(kv_heads, visible, head_dim)``.
     mask
-        ``(tokens, visible)`` bool, None if all is visible.
+        Added to the logits, ``(heads / kv_heads * tokens, visible)``; None if all is visible.
     softcap
         Bound on the logits (Gemma 2, arXiv 2408.00118 section 2), None for none.
 
@@ -170,13 +185,11 @@ def attend_one(
     heads, tokens, head_dim = q.shape
     kv_heads = k.shape[0]
     grouped = q.reshape(kv_heads, heads // kv_heads * tokens, head_dim)  # group's heads stacked: no copy of k
-    if mask is not None and heads != kv_heads:
-        mask = mask.repeat(heads // kv_heads, 1)  # (group * tokens, visible)
     if softcap is None:
         out = F.scaled_dot_product_attention(grouped[None], k[None], v[None], mask, scale=scale)[0]
     else:
         logits = torch.tanh(grouped @ k.transpose(1, 2) * (scale / softcap)) * softcap
         if mask is not None:
-            logits = logits.masked_fill(~mask, float("-inf"))
+            logits = logits + mask
         out = torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype) @ v
     return out.reshape(heads, tokens, head_dim)

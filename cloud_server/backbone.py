@@ -161,7 +161,7 @@ class Backbone:
             layer, local = names[name]
             by_layer[layer][local] = tensor
         del tensors
-        self.rotary_kinds = tuple(rope_parameters(config))
+        self.rotary_kinds = tuple(kind for kind in rope_parameters(config) if kind == "all" or kind in kinds)
         self._last_layout: tuple[Any, Layout] | None = None
         self.layers: dict[int, Layer] = {}
         for layer in self.served:
@@ -190,23 +190,25 @@ class Backbone:
     def emit(self, steps: Sequence[Step]) -> list[Tensor]:
         """Return the codes xA of steps that stand at the same layer, ``(tokens, codes_width)`` each.
 
-        Leaves the normed input in ``step.stash`` for ``stash``.
+        Leaves the normed input in ``step.normed`` for ``stash`` and ``run``.
         """
         layer = steps[0].layer
         x = self.layers[layer].norm(_cat([step.hidden for step in steps]))  # (tokens, hidden_size)
         codes: list[Tensor] = []
         for step, part in zip(steps, _split(x, steps), strict=True):
-            step.stash, step.emitted = part, layer
+            step.normed, step.emitted = part, layer
         for _, same_plan in groupby(steps, key=lambda step: step.plan.name):
             alike = list(same_plan)
             a = self._lowrank[alike[0].plan.name][0][layer]  # (hidden_size, codes_width)
-            codes += _split(_cat([step.stash for step in alike if step.stash is not None]) @ a, alike)
+            # One product for all of them where they share a plan, which is the common case.
+            shared = x if len(alike) == len(steps) else _cat([_of(step.normed) for step in alike])
+            codes += _split(shared @ a, alike)
         return codes
 
     def stash(self, steps: Sequence[Step]) -> None:
         """Compute the base q, k, v products of steps whose codes are in flight."""
         layer = self.layers[steps[0].layer]
-        base = layer.base(_cat([step.stash for step in steps if step.stash is not None]))
+        base = layer.base(_cat([_of(step.normed) for step in steps]))
         for step, part in zip(steps, _split(base, steps), strict=True):
             step.stash = part
 
@@ -228,7 +230,8 @@ class Backbone:
             at += count
             s.step.offset = s.hi
             if s.hi == s.step.tokens:
-                s.step.layer, s.step.offset, s.step.stash = number + 1, 0, None
+                s.step.layer, s.step.offset = number + 1, 0
+                s.step.stash = s.step.normed = None
                 s.step.residual_codes.pop(number, None)
 
     def _layout(self, slices: Sequence[Slice], cache: KvCache) -> Layout:
@@ -245,9 +248,12 @@ class Backbone:
 
     def _products(self, layer: Layer, number: int, hidden: Tensor, slices: Sequence[Slice]) -> Tensor:
         """Return q|k|v with every residual added: ``(tokens, q_dim + 2 kv_dim)``."""
-        stashes = [s.step.stash[s.lo : s.hi] for s in slices if s.step.stash is not None]
-        # Where no codes were emitted, or not by all, one product serves them together.
-        qkv = _cat(stashes) if len(stashes) == len(slices) else layer.base(layer.norm(hidden))
+        if all(s.step.stash is not None for s in slices):
+            qkv = _cat([_of(s.step.stash)[s.lo : s.hi] for s in slices])
+        elif all(s.step.normed is not None for s in slices):
+            qkv = layer.base(_cat([_of(s.step.normed)[s.lo : s.hi] for s in slices]))
+        else:  # no codes were made here, or not by all: one norm and one product serve them together
+            qkv = layer.base(layer.norm(hidden))
         at = 0
         for s in slices:
             count = s.hi - s.lo
@@ -270,6 +276,11 @@ class Backbone:
             zg = z if plan.layout == "fused" else z[:, group * plan.r_d2c : (group + 1) * plan.r_d2c]
             qkv[:, at[target] : at[target] + width].addmm_(zg, b[:, column : column + width])
             column += width
+
+
+def _of(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

@@ -174,12 +174,14 @@ class Engine:
     def _stash(self, steps: list[Step]) -> None:
         """Use the time until the answers come for the base products of short steps."""
         short = [step for step in steps if step.longest <= self.config.short_step_tokens]
-        for step in steps:
-            if step not in short:
-                step.stash = None  # computed in slices when the layer runs
-        if short:
-            with torch.inference_mode():
-                self.backbone.stash(short)
+        if not short:
+            return
+        # On one thread: the edge's own work and gRPC's threads need a core at this very moment.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            self.backbone.stash(short)
+        torch.set_num_threads(threads)
 
     def _enqueue(self, step: Step) -> None:
         """Put a step that can go on into the ready queue, once."""

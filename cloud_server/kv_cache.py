@@ -5,6 +5,8 @@ blocks until one of them writes). Blocks are cleared before they change hands. K
 sessions, plans or the network.
 """
 
+import math
+import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,11 +98,10 @@ class KvCache:
                 f"({BLOCK_TOKENS} tokens); raise --kv-bytes"
             )
         self.first_layer = layers.start
-        # zeros, not empty: the pages come zeroed from the operating system, untouched until used
-        self.pool = torch.zeros(
+        self.pool = _zeros(
             (len(layers), 2, geometry.num_kv_heads, self.num_blocks * BLOCK_TOKENS, geometry.head_dim),
-            dtype=dtype,
-            device=device,
+            dtype,
+            device,
         )  # (layers, k|v, kv_heads, slots, head_dim)
         self._users = np.zeros(self.num_blocks, dtype=np.int32)  # rows that hold each block
         self._dirty = np.zeros(self.num_blocks, dtype=bool)
@@ -219,3 +220,11 @@ class KvCache:
             self._users[block] -= 1
             if self._users[block] == 0:
                 self.free_blocks += 1
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros that cost memory on the CPU only where they are written; torch.zeros writes them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # zeroed by the system when first touched
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -43,6 +43,7 @@ class Step:
     before: "Step | None" = None  # the session's previous step: its keys and values must be there first
     layer: int = 0
     offset: int = 0
+    normed: Tensor | None = None  # input of the projections, where codes were made: (tokens, hidden_size)
     stash: Tensor | None = None  # (tokens, q_dim + 2 * kv_dim)
     residual_codes: dict[int, Tensor] = field(default_factory=dict)  # layer -> (tokens, residual_width)
     emitted: int = -1  # last layer whose codes were sent

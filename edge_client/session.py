@@ -106,7 +106,7 @@ class Session:
         limits: pb.Limits,
         step_timeout_s: float,
         on_close: Callable[["Session"], object],
-        chunk_tokens: int = 256,
+        chunk_tokens: int = 512,
     ) -> None:
         self.personal, self.plan, self.wire_dtype = personal, personal.plan, wire_dtype
         self.traffic = Traffic()

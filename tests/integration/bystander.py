@@ -15,7 +15,8 @@ from shared.lowrank import LowRank
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.reference import merged
-from tests.families import matrices_for, prompts
+from tests.families import prompts
+from tests.splits import matrices_for
 
 NEW_TOKENS = 24
 NOTHING = Fingerprint(plan=bytes(32), lowrank=bytes(32), layers=bytes(32), edge=bytes(32))

@@ -13,6 +13,7 @@ from shared.models import DEFAULT_MODEL, resolve
 from shared.plan import Plan
 from tests.families import COMMON, build, tokenizer
 from tests.integration.bystander import Bystander
+from tests.integration.raw_edge import RawEdge
 from tests.integration.served import TINY_PLANS, WIDE, WIDE_BLOCK_BYTES, WIDE_BLOCKS, Served
 
 
@@ -57,6 +58,25 @@ def bystander(tiny_cloud: Served) -> Bystander:
         plan = Plan.parse(edge.offers["r8"].plan_json)
     matrices, _ = lowrank.ensure(plan, checkpoint, tiny_cloud.cache_dir)
     return Bystander(tiny_cloud.address, build("llama"), plan, matrices)
+
+
+@pytest.fixture
+def edge(tiny_cloud: Served, bystander: Bystander) -> Iterator[RawEdge]:
+    """Return a channel to the tiny cloud, while an honest session generates."""
+    with tiny_cloud.raw() as raw:
+        assert raw.settled()
+        with bystander:
+            yield raw
+        assert raw.settled(), "the KV bytes in use did not return to what they were"
+    log = tiny_cloud.process.logs()
+    assert "Traceback" not in log and "never retrieved" not in log, log[-3000:]
+
+
+@pytest.fixture
+def cramped(cramped_cloud: Served) -> Iterator[RawEdge]:
+    with cramped_cloud.raw() as raw:
+        yield raw
+    assert "Traceback" not in cramped_cloud.process.logs()
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

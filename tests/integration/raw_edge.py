@@ -101,6 +101,26 @@ class RawEdge:
         stream.opened = stream.receive().opened
         return stream
 
+    def hello_refused(self, message: pb.DecodeRequest | bytes) -> Refused:
+        """Send a first message that is refused; return how."""
+        stream = self.stream()
+        stream.send(message)
+        return stream.refused()
+
+    def resumed(self, stream: "RawStream") -> "RawStream":
+        """Open a dropped session again, as soon as the cloud has noticed that it was dropped."""
+        for _ in range(100):
+            again = self.stream()
+            again.plan = stream.plan
+            again.send(self.hello(session_id=stream.opened.session_id))
+            try:
+                again.opened = again.receive().opened
+                return again
+            except grpc.RpcError as error:
+                assert error.code() is grpc.StatusCode.NOT_FOUND
+                time.sleep(0.01)
+        raise AssertionError("the cloud does not notice that the stream is gone")
+
 
 class RawStream:
     """One Decode stream. `M = 0` unless a test answers otherwise."""

@@ -4,119 +4,57 @@ Logits are compared at every position, so that a mistake shows where it is made 
 turns a token. What runs is the real backbone, engine, session and edge model (`tests/inprocess.py`).
 """
 
-import asyncio
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from edge_client.session import Span
-from shared.exactness import Greedy, compare, continuation, greedy
-from shared.lowrank import LowRank
+from shared.exactness import compare, continuation, greedy
 from shared.plan import Plan
-from shared.reference import Matrices, Reference, merged
+from shared.reference import Reference, merged
 from tests.families import (
     CASE_IDS,
     CASES,
     FAMILIES,
-    VARIANTS,
-    WINDOW,
-    Feature,
     build,
-    lowrank_for,
-    matrices_for,
     plan_for,
     prompts,
     save,
 )
-from tests.inprocess import Cloud, Stream
+from tests.features import WINDOW, Config, Feature
+from tests.inprocess import Cloud
+from tests.splits import (
+    ATOL,
+    NEW_TOKENS,
+    PLANS,
+    assert_close,
+    logits_of,
+    lowrank_for,
+    matrices_for,
+    serve,
+    split_of,
+)
 
-ATOL = 3e-4  # logits spread by about 3; two orders of fp32 sums differ by some 5e-5 here
-NEW_TOKENS = 12
-
-PLANS: dict[str, dict[str, Any]] = {
-    "per-projection": {},
-    "fused": {"layout": "fused", "rank": 12},
-    "asymmetric": {"r_c2d": 5, "r_d2c": 9, "scale": 1.7},
-    "fused-asymmetric": {"layout": "fused", "r_c2d": 9, "r_d2c": 5},
-    "subset": {"layers": (1, 3)},
-    "query-and-value": {"targets": ("q", "v"), "layers": (0, 2, 3)},
-    "fused-key-and-value": {"layout": "fused", "targets": ("k", "v"), "rank": 6},
+# Settings that models of these families have and that the models above do not; each is served too.
+ROPE = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+VARIANTS: dict[str, tuple[str, Config]] = {
+    "llama-one_kv_head": ("llama", {"num_key_value_heads": 1}),
+    "llama-no_grouping": ("llama", {"num_key_value_heads": 6}),
+    "llama-mlp_bias": ("llama", {"mlp_bias": True}),
+    "llama-linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", **ROPE}}),
+    "llama-yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", **ROPE}}),
+    "mistral-no_window": ("mistral", {"sliding_window": None}),
+    "qwen2-no_window": ("qwen2", {"use_sliding_window": False, "layer_types": None}),
+    "qwen2-upper_layers_slide": ("qwen2", {"max_window_layers": 2, "layer_types": None}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "gemma2-no_caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-untied": ("gemma2", {"tie_word_embeddings": False}),
+    "gemma3-all_slide": ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}),
+    "gemma3-none_slides": ("gemma3_text", {"layer_types": ["full_attention"] * 4}),
+    "gemma3-bias": ("gemma3_text", {"attention_bias": True}),
+    "phi3-no_window": ("phi3", {"sliding_window": None}),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """A model, a plan with A and B, M, and the merged model that the split must equal."""
-
-    model: PreTrainedModel
-    plan: Plan
-    lowrank: LowRank
-    matrices: Matrices
-    reference: PreTrainedModel
-
-
-@cache
-def split_of(name: str, kind: str = "per-projection", seed: int = 0, std: float = 0.5) -> Split:
-    model = model_of(name)
-    plan = plan_for(model, **PLANS[kind], name=kind)
-    lowrank, matrices = lowrank_for(plan, model), matrices_for(plan, seed=seed, std=std)
-    return Split(model, plan, lowrank, matrices, merged(model, plan, lowrank, matrices))
-
-
-model_of = cache(build)
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory):
-    return cache(lambda name: save(name, tmp_path_factory.mktemp(name)))
-
-
-def serve(name: str, folder: Path, engine: dict[str, Any] | None = None) -> Cloud:
-    """Return a cloud with every plan of `PLANS`."""
-    splits = [split_of(name, kind) for kind in PLANS]
-    return Cloud(folder, [(split.plan, split.lowrank) for split in splits], engine)
-
-
-@pytest.fixture(scope="module")
-def cloud_of(folder_of):
-    """One cloud a family for the whole module."""
-    with ExitStack() as stack:
-        yield cache(lambda name: stack.enter_context(serve(name, folder_of(name))))
-
-
-@pytest.fixture
-def parts_of(cloud_of):
-    """Split, cloud and edge of a family; afterwards nothing may be left in the cloud's cache."""
-    with ExitStack() as stack:
-        clouds = []
-
-        def parts(name: str, kind: str = "per-projection", std: float = 0.5) -> tuple[Split, Cloud, Any]:
-            split = split_of(name, kind, std=std)
-            clouds.append(cloud_of(name))
-            return split, clouds[-1], stack.enter_context(clouds[-1].edge(split.plan, split.matrices))
-
-        yield parts
-    for cloud in clouds:
-        cloud.close_streams()
-        assert cloud.cache.bytes_used == 0
-
-
-@torch.no_grad()
-def logits_of(model: Any, ids: list[int]) -> Tensor:
-    """Return the logits at every position: ``(len(ids), vocabulary)``."""
-    return model(torch.tensor([ids])).logits[0]
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
-
 
 # --- every family ----------------------------------------------------------------------------------
 
@@ -156,37 +94,6 @@ def test_prefill_chunks_do_not_matter(name: str, parts_of) -> None:
     for chunk in (1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 32, len(ids) - 1):
         with cloud.edge(split.plan, split.matrices, chunk) as edge:
             assert_close(logits_of(edge, ids), expected)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_slices_of_a_long_step_do_not_matter(name: str, folder_of) -> None:
-    """A long prefill that yields to decodes after every few positions gives the same logits."""
-    split = split_of(name)
-    ids = prompts(1, shortest=7 * WINDOW + 1)[0]
-    expected = logits_of(split.reference, ids)
-    engine = {"short_step_tokens": 1, "slice_s": 1e-9, "gather_wait_s": 0.0}
-    with serve(name, folder_of(name), engine) as cloud, cloud.edge(split.plan, split.matrices) as edge:
-        embed, short = edge._embed, cloud.open(split.plan, split.matrices)
-
-        async def both() -> Tensor:
-            long = cloud.open(split.plan, split.matrices)
-            done = asyncio.ensure_future(long.step_async(embed(ids), [Span(0, 0, len(ids), len(ids))]))
-            at = 0
-            while not done.done():
-                await short.step_async(embed([ids[at % len(ids)]]), [Span(0, at, 1, 1)])
-                at += 1
-            hidden = await done
-            long.session.close()
-            assert at > 1
-            return hidden
-
-        hidden = cloud.call(both())
-        assert_close(edge.lm_head(edge.norm(hidden)), _before_softcap(split.reference, expected))
-
-
-def _before_softcap(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.atanh(logits / cap) * cap
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -289,107 +196,6 @@ def test_a_split_without_the_feature_is_not_exact(name: str, feature: Feature, t
         if feature.shows_in == "greedy":
             expected = [greedy(split.reference, prompt, NEW_TOKENS) for prompt in prompts(2)]
             assert compare(expected, continuation(edge)).mismatches > 0
-
-
-# --- sessions together ----------------------------------------------------------------------------------
-
-
-async def decode(stream: Stream, edge: Any, prompt: list[int], new_tokens: int, delay: int) -> list[int]:
-    """Generate greedily on the cloud's own thread, beside other sessions."""
-    for _ in range(delay):
-        await asyncio.sleep(0)
-    tokens, new = list(prompt), list(prompt)
-    while len(tokens) < len(prompt) + new_tokens:
-        start = len(tokens) - len(new)
-        hidden = await stream.step_async(edge._embed(new), [Span(0, start, len(new), 1)])
-        logits = edge.lm_head(edge.norm(hidden))[-1]  # (vocabulary,)
-        logits[edge.config.eos_token_id] = float("-inf")  # as in the reference
-        new = [int(logits.argmax())]
-        tokens += new
-    stream.session.close()
-    return tokens[len(prompt) :]
-
-
-ENGINES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"gather_wait_s": 0.05},
-    "gemma3_text": {"short_step_tokens": 1, "slice_s": 1e-9},
-    "phi3": {"inline_s": 0.0},  # everything on the torch thread
-}
-
-
-@pytest.mark.parametrize(("name", "engine"), ENGINES.items(), ids=ENGINES)
-def test_any_mix_of_sessions_equals_each_alone(name: str, engine: dict[str, Any], folder_of) -> None:
-    """Different users, M, plans, prompt lengths, chunk sizes and starting times in one engine."""
-    kinds = list(PLANS)
-    splits = [split_of(name, kinds[i % len(kinds)], seed=i, std=0.0 if i == 9 else 0.5) for i in range(10)]
-    texts = prompts(10, shortest=WINDOW + 2)
-    expected = [greedy(s.reference, text, NEW_TOKENS) for s, text in zip(splits, texts, strict=True)]
-    with serve(name, folder_of(name), engine) as cloud:
-        edge = cloud.edge(splits[0].plan, splits[0].matrices)
-
-        async def together(order: list[int]) -> dict[int, list[int]]:
-            tasks = {
-                i: decode(
-                    cloud.open(splits[i].plan, splits[i].matrices, chunk_tokens=1 + 5 * (i % 4)),
-                    edge, texts[i], NEW_TOKENS, delay=7 * place,
-                )
-                for place, i in enumerate(order)
-            }  # fmt: skip
-            return dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
-
-        for order in (list(range(10)), [8, 3, 6, 5, 9], [1, 0]):
-            found = cloud.call(together(order))
-            verdict = compare([expected[i] for i in order], _lookup(expected, found))
-            assert verdict.exact, str(verdict)
-        batches = cloud.engine.batches
-        assert batches.steps > batches.count, "some sessions should have met in a batch"
-        if engine.get("gather_wait_s"):
-            assert batches.mean_steps > 1.5
-        assert cloud.cache.bytes_used == 0
-
-
-def _lookup(expected: list[Greedy], found: dict[int, list[int]]) -> Any:
-    prompt_of = {reference.prompt: i for i, reference in enumerate(expected)}
-    return lambda ids, _: found[prompt_of[tuple(ids)]]
-
-
-def test_forked_rows_part_ways(parts_of) -> None:
-    """Rows that continue one prompt share blocks until they write; each then has its own keys."""
-    split, cloud, edge = parts_of("mistral")
-    prompt, *tails = prompts(4, shortest=33)  # one position into the second block of 32
-    stream = cloud.open(split.plan, split.matrices)
-    stream.step(edge._embed(prompt), [Span(0, 0, 33, 1)])
-    shared_bytes = cloud.cache.bytes_used
-    spans = [Span(row, 33, 4, 4) for row in range(3)]
-    hidden = stream.step(edge._embed([t for tail in tails for t in tail[:4]]), spans, [0, 0, 0])
-    for row, tail in enumerate(tails):
-        expected = logits_of(split.reference, prompt + tail[:4])[33:]
-        assert_close(edge.lm_head(edge.norm(hidden[4 * row : 4 * row + 4])), expected)
-    # Rows 2, 0 and 0 again live on, the last of them one position shorter.
-    tokens = [tails[2][4], tails[0][4], 77]
-    spans = [Span(0, 37, 1, 1), Span(1, 37, 1, 1), Span(2, 36, 1, 1)]
-    hidden = stream.step(edge._embed(tokens), spans, [2, 0, 0])
-    for row, tail in enumerate([tails[2][:5], tails[0][:5], [*tails[0][:3], 77]]):
-        expected = logits_of(split.reference, prompt + tail)[-1]
-        assert_close(edge.lm_head(edge.norm(hidden[row])), expected)
-    assert shared_bytes < cloud.cache.bytes_used < 3 * shared_bytes, "three rows should share a block"
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_replay_with_residual_codes_up_front_is_bit_for_bit(name: str, parts_of) -> None:
-    split, cloud, edge = parts_of(name)
-    ids = prompts(1, shortest=40)[0]
-    first, second = (cloud.open(split.plan, split.matrices) for _ in range(2))
-
-    async def replay(number: int, start: int, end: int) -> Tensor:
-        spans = [Span(0, start, end - start, end - start)]
-        return await second.step_async(edge._embed(ids[start:end]), spans, known=first.answers[number])
-
-    for number, (start, end) in enumerate([(0, 20), (20, 39), (39, 40)], start=1):
-        original = first.step(edge._embed(ids[start:end]), [Span(0, start, end - start, end - start)])
-        assert torch.equal(cloud.call(replay(number, start, end)), original)
-    assert not second.answers, "nothing should have been asked again"
 
 
 def test_a_grouped_plan_equals_the_reference(folder_of) -> None:

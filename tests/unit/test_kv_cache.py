@@ -1,5 +1,8 @@
 """The paged KV cache against plain lists: content, sharing, clearing and the bytes that are accounted for."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -64,6 +67,18 @@ def test_a_budget_below_one_block_is_refused() -> None:
 def test_bytes_follow_the_dtype() -> None:
     cache = KvCache(GEOMETRY, LAYERS, BLOCK_BYTES, torch.bfloat16, torch.device("cpu"))
     assert cache.num_blocks == 2 and cache.pool.nbytes == cache.bytes_total
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_is_taken_where_it_is_used() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    cache = KvCache(GEOMETRY, LAYERS, 256 << 20, torch.float32, torch.device("cpu"))
+    assert cache.bytes_total > 255 << 20 and resident() - before < 64 << 20
+    write(cache, Row(), 0, [1.0] * 40)
+    assert resident() - before < 64 << 20
 
 
 @pytest.mark.parametrize(("end", "blocks"), [(1, 1), (32, 1), (33, 2), (64, 2), (384, 12)])

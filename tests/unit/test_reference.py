@@ -8,7 +8,8 @@ import torch
 from shared.exactness import compare, continuation, greedy
 from shared.plan import Plan
 from shared.reference import Reference, merged, projections
-from tests.families import FAMILIES, build, lowrank_for, matrices_for, plan_for, prompts
+from tests.families import FAMILIES, build, plan_for, prompts
+from tests.splits import lowrank_for, matrices_for
 
 PLANS: dict[str, dict[str, Any]] = {
     "per_projection": {},
