@@ -52,7 +52,9 @@ class PersonalWeights:
         groups, width, _ = matrix.shape
         if codes.shape[0] == 1:
             # One token's codes are already (groups, 1, r_c2d) in memory; nothing is copied.
-            return np.matmul(codes.reshape(groups, 1, width), matrix).reshape(1, -1)
+            z: Array = np.matmul(codes.reshape(groups, 1, width), matrix)  # (groups, 1, r_d2c)
+            return z.reshape(1, -1)
         by_group = torch.from_numpy(codes).view(-1, groups, width).transpose(0, 1)  # (groups, tokens, r_c2d)
-        z = torch.bmm(by_group, torch.from_numpy(matrix))  # (groups, tokens, r_d2c)
-        return z.transpose(0, 1).reshape(codes.shape[0], -1).numpy()
+        product = torch.bmm(by_group, torch.from_numpy(matrix))  # (groups, tokens, r_d2c)
+        found: Array = product.transpose(0, 1).reshape(codes.shape[0], -1).numpy()
+        return found
