@@ -82,24 +82,25 @@ class Engine:
             self._stash([step for step, _ in emitted])
 
     def gather(self) -> list[Slice]:
-        """Choose what runs next: the largest group of short steps at one layer, else the oldest long step."""
-        short: dict[tuple[int, bool], list[Step]] = {}
+        """Choose what runs next: the largest group of short steps at one layer, else the oldest long step.
+
+        A group, or a long step, that has waited for ``fairness_s`` goes first, so that nobody starves.
+        """
+        now, short, long = time.monotonic(), dict[tuple[int, bool], list[Step]](), None
         for step in self.ready:
             if step.longest <= self.config.short_step_tokens:
                 short.setdefault((step.layer, step.must_emit()), []).append(step)
-        if short:
-            now = time.monotonic()
-            group = max(
-                short.values(), key=lambda g: (now - g[0].ready_since > self.config.fairness_s, len(g))
-            )
-            return [Slice(step, 0, step.tokens) for step in group[: self.config.max_batch_steps]]
-        if not self.ready:
+            elif long is None:
+                long = step
+        if long is not None and (not short or now - long.ready_since > self.config.fairness_s):
+            room = long.tokens
+            if any(other.longest <= self.config.short_step_tokens for other in self.steps):
+                room = max(16, int(self.config.slice_s / self._cost))  # somebody's decode will be ready soon
+            return [Slice(long, long.offset, min(long.tokens, long.offset + room))]
+        if not short:
             return []
-        step = self.ready[0]
-        room = step.tokens
-        if any(other.longest <= self.config.short_step_tokens for other in self.steps):
-            room = max(16, int(self.config.slice_s / self._cost))  # somebody's decode will be ready soon
-        return [Slice(step, step.offset, min(step.tokens, step.offset + room))]
+        group = max(short.values(), key=lambda g: (now - g[0].ready_since > self.config.fairness_s, len(g)))
+        return [Slice(step, 0, step.tokens) for step in group[: self.config.max_batch_steps]]
 
     def worth_waiting(self, slices: list[Slice]) -> float:
         """Return the seconds to wait for steps whose answers at this very layer are on their way."""

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar, cast
@@ -135,21 +135,23 @@ class Service:
         handler = cast("asyncio.Task[None]", asyncio.current_task())
         session: Session | None = None
         writer: asyncio.Task[None] | None = None
-        finished = is_deaf = False
+        finished, farewell = False, None
 
-        def cut_off() -> None:
-            nonlocal is_deaf
-            is_deaf = True
+        def cut_off(reason: str) -> None:
+            nonlocal farewell
+            farewell = f"{reason} and was cut off; open a new session and replay"
             handler.cancel()
 
         try:
-            session = self._open(await self._read(context))
-            writer = asyncio.create_task(self._write(session, context, cut_off))
+            session = self._open(await self._first(context))
+            session.cut_off = cut_off
+            writer = asyncio.create_task(self._write(session, context))
             writer.add_done_callback(lambda done: done.cancelled() or handler.cancel())
             while not finished:
                 if session.outbox.is_full:
                     await session.outbox.has_room()  # or an edge that does not read fills our memory
                 message = await self._read(context)
+                session.heard_at = time.monotonic()
                 if message is None:
                     await asyncio.sleep(BROKEN_NOTICE_S)
                     finished = True
@@ -167,11 +169,11 @@ class Service:
             log.info("session refused: %s: %s", refusal.code.name, refusal.message)
             await _abort(context, refusal)
         except asyncio.CancelledError:
-            if not is_deaf or session is None:
+            if farewell is None or session is None:
                 raise
             self._leave(session, finished)  # before the farewell, which may wait for the edge too
             session = None
-            await self._say_goodbye(context)
+            await self._say_goodbye(context, farewell)
             raise
         finally:
             if writer is not None:
@@ -180,13 +182,15 @@ class Service:
                 self._leave(session, finished)
 
     async def housekeeping(self) -> None:
-        """Free dropped sessions when their grace period is over; run until cancelled."""
+        """Free dropped sessions after their grace period, cut off silent ones; run until cancelled."""
         while True:
             await asyncio.sleep(min(1.0, max(0.05, self.config.grace_period_s / 4)))
             now = time.monotonic()
             for session in list(self.sessions.values()):
                 if session.dropped_at is not None and now - session.dropped_at > self.config.grace_period_s:
                     self._forget(session)
+                elif session.dropped_at is None and now - session.heard_at > self.config.idle_timeout_s:
+                    session.cut_off(f"the edge said nothing for {self.config.idle_timeout_s:g} seconds")
 
     def _open(self, message: pb.DecodeRequest | None) -> Session:
         """Compare what both sides stand on, before any activation is sent."""
@@ -245,11 +249,10 @@ class Service:
         self._forget(min(dropped, key=lambda s: s.dropped_at or 0.0))
         return True
 
-    async def _say_goodbye(self, context: Context) -> None:
+    async def _say_goodbye(self, context: Context, farewell: str) -> None:
         """Tell an edge why it is cut off, in case that it reads after all."""
-        message = f"the edge read nothing for {self.config.write_timeout_s:g} seconds and was cut off"
-        log.info("session refused: %s", message)
-        refusal = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, message + "; open a new session and replay")
+        log.info("session refused: %s", farewell)
+        refusal = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, farewell)
         with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
             await asyncio.wait_for(_abort(context, refusal), self.config.write_timeout_s)
 
@@ -264,6 +267,16 @@ class Service:
         self.sessions.pop(session.id, None)
         session.close()
 
+    async def _first(self, context: Context) -> pb.DecodeRequest | None:
+        """Return the first message; a stream that never speaks is not kept."""
+        try:
+            return await asyncio.wait_for(self._read(context), self.config.write_timeout_s)
+        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
+            raise Refusal(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"no first message within {self.config.write_timeout_s:g} seconds",
+            ) from None
+
     async def _read(self, context: Context) -> pb.DecodeRequest | None:
         """Return the next message, None at the stream's orderly end."""
         raw = await context.read()
@@ -273,12 +286,14 @@ class Service:
         self.traffic.bytes_in += len(raw) + FRAME_BYTES
         return _parse(pb.DecodeRequest, raw)
 
-    async def _write(self, session: Session, context: Context, cut_off: Callable[[], object]) -> None:
+    async def _write(self, session: Session, context: Context) -> None:
         """Send what the session has to say; an edge that does not read is cut off."""
-        loop = asyncio.get_running_loop()
+        loop, patience = asyncio.get_running_loop(), self.config.write_timeout_s
         while True:
             raw = (await session.outbox.get()).SerializeToString()
-            timer = loop.call_later(self.config.write_timeout_s, cut_off)
+            timer = loop.call_later(
+                patience, session.cut_off, f"the edge read nothing for {patience:g} seconds"
+            )
             await context.write(raw)
             timer.cancel()
             self.traffic.messages_out += 1

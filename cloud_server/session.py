@@ -99,6 +99,8 @@ class Session:
     last_number: int = -1
     outbox: Outbox = field(default_factory=Outbox)
     dropped_at: float | None = None  # when the stream was lost, None while connected
+    heard_at: float = field(default_factory=time.monotonic)  # when the edge last said something
+    cut_off: Callable[[str], object] = lambda _: None  # ends the stream, for the reason given
 
     def step(self, message: pb.Step) -> None:
         """Check a new step, make room for it and hand it to the engine.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+import torch
 from google.protobuf.message import DecodeError
 
 from edge_client.personal import PersonalWeights
@@ -67,6 +68,11 @@ class Connection:
         self._sessions: set[Session] = set()
         self._closed = False
         self._channel: grpc.aio.Channel = self._wait(self._open_channel())
+        # What the connection's thread computes is too small to share out: waking a second thread costs
+        # more. The second call puts back what threads made later start with.
+        threads = torch.get_num_threads()
+        self._wait(_use_one_thread())
+        torch.set_num_threads(threads)
 
     def describe(self) -> pb.DescribeResponse:
         """Return what the cloud states about itself.
@@ -190,6 +196,10 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     import uvloop
 
     return uvloop.new_event_loop()
+
+
+async def _use_one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def as_bytes(raw: bytes) -> bytes:
