@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -112,6 +113,25 @@ def prefill(model: Any, prompt: Tensor) -> float:
     return prompt.shape[1] / (time.perf_counter() - started)
 
 
+def bytes_per_token(split: PrivateLoraForCausalLM, prompts: Prompts) -> dict[str, float]:
+    """Return what one decoded token sends, as the protocol counts it and as loopback's TCP does.
+
+    Two runs of different length share a prompt's cost, so their difference is decoding alone. TCP is
+    both directions with headers and acknowledgements, and whatever else loopback carries meanwhile.
+    """
+    short, long = 8, 40
+
+    def spent(tokens: int) -> tuple[int, int, int]:
+        before, tcp = split.traffic(), psutil.net_io_counters(pernic=True)["lo"].bytes_sent
+        decode(split, prompts.next(1, 32), tokens)
+        used = split.traffic() - before
+        return used.bytes_up, used.bytes_down, psutil.net_io_counters(pernic=True)["lo"].bytes_sent - tcp
+
+    first, second = spent(short), spent(long)
+    each = [(b - a) / (long - short) for a, b in zip(first, second, strict=True)]
+    return {name: round(value) for name, value in zip(("up", "down", "tcp_both_ways"), each, strict=True)}
+
+
 def in_turn(rounds: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
     """Run both alternately, after one warm-up each; return what each returned."""
     ours(), theirs()
@@ -149,6 +169,7 @@ def main() -> None:
         figures["edge_and_reference_rss_mib"] = memory_bytes()[0] >> 20
         vocab = checkpoint.geometry.vocab_size
         prompts = Prompts(vocab)
+        figures["bytes_per_token"] = bytes_per_token(split, prompts)
         figures["prefill"] = compared(
             *in_turn(
                 arguments.rounds,

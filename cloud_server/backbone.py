@@ -12,32 +12,17 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 
 from cloud_server.attention import ATTENTION_NAME, CachedAttention, Part
 from cloud_server.kv_cache import KvCache, Table
+from cloud_server.layer import Layer
 from cloud_server.step import Step
-from shared.families import UnsupportedModelError, geometry, layer_types, rope_parameters
+from shared.families import geometry, layer_types, rope_parameters
 from shared.lowrank import LowRank
 from shared.models import Checkpoint
 from shared.plan import Plan
-
-
-class Handed(nn.Module):
-    """Stands in for a projection of a decoder layer and hands out what was computed before the call.
-
-    ``hand`` is a plain list: setting an attribute of a module costs ten microseconds, every layer.
-    """
-
-    def __init__(self, hand: list[Tensor], index: int) -> None:
-        super().__init__()
-        self.hand, self.index = hand, index
-
-    def forward(self, _: Tensor) -> Tensor:
-        """Return the handed value: ``(1, tokens, out_features)``."""
-        return self.hand[self.index]
 
 
 @dataclass
@@ -68,50 +53,6 @@ class Layout:
 
     attention: CachedAttention
     rotary: dict[str, tuple[Tensor, Tensor]]
-
-
-class Layer:
-    """One decoder layer with its projections taken out in front.
-
-    ``weight (q_dim + 2 kv_dim, hidden_size)`` is the stacked q|k|v product.
-    """
-
-    def __init__(self, module: nn.Module, rotary_key: str) -> None:
-        attention, norm = getattr(module, "self_attn", None), getattr(module, "input_layernorm", None)
-        if (
-            attention is None
-            or norm is None
-            or not (hasattr(attention, "qkv_proj") or all(hasattr(attention, f"{p}_proj") for p in "qkv"))
-        ):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} has no self_attn with q/k/v (or qkv) projections "
-                "behind an input_layernorm"
-            )
-        self.module, self.rotary_key, self.norm = module, rotary_key, norm
-        module.input_layernorm = nn.Identity()  # the norm runs in front, for the codes
-        names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
-        linears: list[nn.Linear] = [getattr(attention, name) for name in names]
-        self.weight = torch.cat([linear.weight.detach() for linear in linears])
-        biases = [linear.bias for linear in linears]
-        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self.widths = [linear.out_features for linear in linears]
-        self.hand: list[Tensor] = []
-        for index, name in enumerate(names):
-            setattr(attention, name, Handed(self.hand, index))
-
-    def base(self, x: Tensor) -> Tensor:
-        """Return the base q|k|v products of ``x (tokens, hidden_size)``: ``(tokens, q_dim + 2 kv_dim)``."""
-        return F.linear(x, self.weight, self.bias)
-
-    def __call__(
-        self, hidden: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], batch: CachedAttention
-    ) -> Tensor:
-        """Run the layer on ``hidden (tokens, hidden_size)`` with finished q, k, v products."""
-        self.hand[:] = torch.split(qkv[None], self.widths, dim=2)
-        out: Tensor = self.module(
-            hidden[None], attention_mask=None, position_embeddings=rotary, past_key_values=None, batch=batch
-        )
-        return out[0]
 
 
 class Backbone:
