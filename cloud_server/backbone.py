@@ -2,8 +2,8 @@
 
 An adapted layer runs in two calls: ``emit`` makes the codes xA (and ``stash`` the base q, k, v
 products while the codes are in flight), ``run`` is the layer itself, whose wrapped projections
-return stash + residual. Layers are Hugging Face's own, unmodified. Knows nothing about tokens,
-personal weights or the network.
+return stash + residual. Layers run Hugging Face's own code; only projections and norms are handed in
+(`cloud_server.layer`). Knows nothing about tokens, personal weights or the network.
 """
 
 from collections.abc import Mapping, Sequence

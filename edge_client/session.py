@@ -262,6 +262,12 @@ class Session:
         except (SessionError, wire.WireError) as broken:
             error = SessionError(f"the cloud broke the protocol: {broken}")
             self._call.cancel()
+        except Exception as fault:  # whoever waits for a step must hear of it, whatever it is
+            error = SessionError(
+                f"an exchange failed on this side ({type(fault).__name__}); please report it"
+            )
+            error.__cause__ = fault
+            self._call.cancel()
         self._fail(error)
 
     def _parse(self, raw: object) -> pb.DecodeResponse:
