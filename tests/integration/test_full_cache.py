@@ -96,3 +96,12 @@ def test_a_client_that_stops_reading(cramped: RawEdge, cramped_cloud: Served) ->
     for stream in taken:
         stream.finish()
     assert cramped.settled()
+
+
+# --- an edge that does not speak -------------------------------------------------------------------------
+
+
+def test_a_stream_that_never_opens_is_not_kept(cramped: RawEdge) -> None:
+    end = cramped.stream().refused()
+    assert end.code is Code.DEADLINE_EXCEEDED
+    assert "no first message" in end.message
