@@ -1,7 +1,6 @@
 """Chat templates: the same text as transformers renders, and nothing that a hostile one can do."""
 
 import contextlib
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -157,15 +156,14 @@ HOSTILE = {
 }
 
 
+@pytest.mark.timeout(5)  # a template that loops must end by its budget, long before this
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_templates_are_refused_quickly(name):
-    began = time.monotonic()
     with pytest.raises(TemplateError, match="chat template: "):
         text = ChatTemplate(HOSTILE[name]).render(CHATS["one"])
         # What reaches here must have reached nothing: attributes that do not exist print as nothing.
         assert "class" not in text and len(text) < 100
         raise TemplateError("harmless")
-    assert time.monotonic() - began < 5
 
 
 def test_underscore_item_of_a_mapping_is_only_data():
