@@ -312,12 +312,16 @@ class Session:
         self.rows = new
 
     def _send_codes(self, step: Step, layer: int, codes: Tensor) -> None:
-        message = pb.Codes(step=step.number, layer=layer, codes=wire.encode(codes, self.wire_dtype))
-        self.outbox.put(pb.DecodeResponse(codes=message))
+        message = pb.DecodeResponse()
+        message.codes.step, message.codes.layer = step.number, layer
+        wire.fill(message.codes.codes, codes, self.wire_dtype)
+        self.outbox.put(message)
 
     def _send_hidden(self, step: Step, hidden: Tensor) -> None:
         self.steps.pop(step.number, None)
         for span in step.spans:
             span.row.written = span.start + span.count
-        message = pb.Hidden(step=step.number, hidden=wire.encode(hidden, self.wire_dtype))
-        self.outbox.put(pb.DecodeResponse(hidden=message))
+        message = pb.DecodeResponse()
+        message.hidden.step = step.number
+        wire.fill(message.hidden.hidden, hidden, self.wire_dtype)
+        self.outbox.put(message)

@@ -123,6 +123,7 @@ class Session:
         self._flights: dict[int, Flight] = {}
         self._outbox: deque[bytes] = deque()
         self._filled = asyncio.Event()
+        self._writing = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, request: pb.Open) -> None:
@@ -131,9 +132,9 @@ class Session:
             await self._send(pb.DecodeRequest(open=request).SerializeToString())
             raw = await self._call.read()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            raise await self._failure() from None
+            raise await failure(self._call) from None
         if raw is grpc.aio.EOF:
-            raise await self._failure()
+            raise await failure(self._call)
         message = self._parse(raw)
         if not message.HasField("opened") or not 1 <= len(message.opened.session_id) <= 64:
             raise SessionError(
@@ -188,13 +189,13 @@ class Session:
         for piece in cut(spans, self._chunk_tokens):
             tokens, keep = sum(s.count for s in piece), sum(s.keep for s in piece)
             self._number += 1
-            message = pb.Step(
-                step=self._number,
-                parents=parents or (),
-                spans=[pb.Span(row=s.row, start=s.start, count=s.count, keep=s.keep) for s in piece],
-                hidden=wire.encode(hidden[at : at + tokens], self.wire_dtype),
-            )
-            raw = pb.DecodeRequest(step=message).SerializeToString()
+            request = pb.DecodeRequest()
+            message = request.step
+            message.step = self._number
+            message.parents.extend(parents or ())
+            message.spans.extend(pb.Span(row=s.row, start=s.start, count=s.count, keep=s.keep) for s in piece)
+            wire.fill(message.hidden, hidden[at : at + tokens], self.wire_dtype)
+            raw = request.SerializeToString()
             job.chunks.append((raw, self._number, tokens, keep))
             parents, at = None, at + tokens
         job.unfinished = len(job.chunks)
@@ -228,21 +229,28 @@ class Session:
             if not job.chunks:
                 self._jobs.popleft()
             self._flights[number] = Flight(job, tokens, keep)
-            self._put(raw)
-
-    def _put(self, raw: bytes) -> None:
-        self._outbox.append(raw)
-        self._filled.set()
+            self._outbox.append(raw)
+            self._filled.set()
 
     async def _write_all(self) -> None:
         try:
             while True:
-                while self._outbox:
-                    await self._send(self._outbox.popleft())
+                await self._write_waiting()
                 self._filled.clear()
                 await self._filled.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the reader hears of it too, with the reason
+
+    async def _write_waiting(self) -> None:
+        """Send what waits, unless somebody else is at it."""
+        if self._writing:
+            return
+        self._writing = True
+        try:
+            while self._outbox:
+                await self._send(self._outbox.popleft())
+        finally:
+            self._writing = False
 
     async def _send(self, raw: bytes) -> None:
         self.traffic.messages_up += 1
@@ -256,9 +264,13 @@ class Session:
                 if raw is grpc.aio.EOF:
                     break
                 self._handle(self._parse(raw))
-            error = await self._failure()
+                if len(self._flights) == 1:  # nothing comes before this is answered: no other task needed
+                    await self._write_waiting()
+                elif self._outbox:
+                    self._filled.set()
+            error = await failure(self._call)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            error = await self._failure()
+            error = await failure(self._call)
         except (SessionError, wire.WireError) as broken:
             error = SessionError(f"the cloud broke the protocol: {broken}")
             self._call.cancel()
@@ -297,16 +309,14 @@ class Session:
             raise SessionError(f"codes for layer {message.layer}, which does not exchange in this plan")
         shape = (flight.tokens, self.plan.codes_width)
         codes = wire.decode_array(message.codes, dtype=self.wire_dtype, shape=shape, what="codes")
-        answers = [
-            pb.LayerCodes(
-                layer=layer,
-                codes=wire.encode_array(self.personal.residual_codes(layer, codes), self.wire_dtype),
-            )
-            for layer in self.plan.fed_by(message.layer)
-        ]
+        request = pb.DecodeRequest()
+        request.residual_codes.step = message.step
+        for layer in self.plan.fed_by(message.layer):
+            answer = request.residual_codes.residual_codes.add()
+            answer.layer = layer
+            wire.fill_array(answer.codes, self.personal.residual_codes(layer, codes), self.wire_dtype)
         self.traffic.round_trips += 1
-        answer = pb.ResidualCodes(step=message.step, residual_codes=answers)
-        self._put(pb.DecodeRequest(residual_codes=answer).SerializeToString())
+        self._outbox.append(request.SerializeToString())
 
     def _finish(self, message: pb.Hidden) -> None:
         flight = self._flights.pop(message.step, None)
@@ -341,20 +351,6 @@ class Session:
         for job in jobs.values():
             _resolve(job.future, error)
 
-    async def _failure(self) -> SessionError:
-        """Return why the stream ended, in words."""
-        code = await self._call.code()
-        details = await self._call.details()
-        retry = next(
-            (v for k, v in await self._call.trailing_metadata() or () if k == "retry-after-ms"), None
-        )
-        if code == grpc.StatusCode.OK:
-            return SessionError("the cloud ended the session")
-        if code == grpc.StatusCode.UNAVAILABLE:
-            return SessionError(f"the connection to the cloud was lost ({details})", code)
-        hint = int(retry) / 1000 if isinstance(retry, str) and retry.isdigit() else None
-        return SessionError(f"the cloud refused ({code.name}): {details}", code, hint)
-
     async def _close(self) -> None:
         self._fail(SessionError("the session was closed"))
         for task in self._tasks:
@@ -363,8 +359,21 @@ class Session:
             try:
                 await self._call.done_writing()
                 await asyncio.wait_for(self._call.code(), 1.0)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.TimeoutError):
+            except Exception:  # gRPC has private errors too for a stream that broke this very moment
                 self._call.cancel()
+
+
+async def failure(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> SessionError:
+    """Return why a stream ended, in words."""
+    code = await call.code()
+    details = await call.details()
+    retry = next((v for k, v in await call.trailing_metadata() or () if k == "retry-after-ms"), None)
+    if code == grpc.StatusCode.OK:
+        return SessionError("the cloud ended the session", code)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return SessionError(f"the connection to the cloud was lost ({details})", code)
+    hint = int(retry) / 1000 if isinstance(retry, str) and retry.isdigit() else None
+    return SessionError(f"the cloud refused ({code.name}): {details}", code, hint)
 
 
 def cut(spans: Sequence[Span], limit: int) -> list[list[Span]]:

@@ -102,7 +102,8 @@ class Stream:
         fed = self.plan.fed_by(message.layer)
         for layer in fed:
             z = self.personal.residual_codes(layer, codes)
-            sent[layer] = wire.encode_array(z, pb.DTYPE_FLOAT32)
+            sent[layer] = pb.Tensor()
+            wire.fill_array(sent[layer], z, pb.DTYPE_FLOAT32)
         answers = [pb.LayerCodes(layer=layer, codes=sent[layer]) for layer in fed]
         self.session.answer(pb.ResidualCodes(step=message.step, residual_codes=answers))
 
