@@ -15,6 +15,9 @@ from transformers import AttentionInterface
 from cloud_server.kv_cache import KvCache, Table
 
 ATTENTION_NAME = "privatelora_ragged"
+# Rows with one new position each attend together up to this many positions of the longest. Their keys
+# and values are copied side by side for that, which beyond it costs more than the calls it saves.
+TOGETHER_POSITIONS = {"cpu": 384, "cuda": 8192}
 
 
 class Attends(Protocol):
@@ -82,12 +85,16 @@ class Part:
 
 @dataclass
 class CachedAttention:
-    """Attention of new positions over the paged KV cache."""
+    """Attention of new positions over the paged KV cache.
+
+    One serves all layers of a batch, so what is the same in each of them is made once.
+    """
 
     cache: KvCache
     parts: list[Part]
     _slots: Tensor | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _together: dict[int | None, tuple[Tensor, Tensor] | None] = field(default_factory=dict)  # by window
 
     def attend(
         self,
@@ -105,11 +112,39 @@ class CachedAttention:
             self._slots = torch.cat([p.table.slots(p.end)[p.start :] for p in self.parts]).to(pool.device)
         pool[0].index_copy_(1, self._slots, k)
         pool[1].index_copy_(1, self._slots, v)
+        if len(self.parts) > 1:
+            together = self._laid_out(window, q.dtype, q.device)
+            if together is not None:
+                return _attend_rows(q, pool, *together, scale, softcap)
         outs = [
             self._attend_part(index, pool, q[:, part.lo : part.hi], scale, window, softcap)
             for index, part in enumerate(self.parts)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)  # (heads, tokens, head_dim)
+
+    def _laid_out(
+        self, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return each row's slots, ``(rows * longest,)``, and the mask, ``(rows, 1, 1, longest)``.
+
+        None if not all rows have one new position, or if their pasts are too long to be copied.
+        """
+        if window not in self._together:
+            self._together[window] = None
+            firsts = [0 if window is None else max(0, p.start + 1 - window) for p in self.parts]
+            lengths = [p.end - first for p, first in zip(self.parts, firsts, strict=True)]
+            longest = max(lengths)
+            if all(p.hi - p.lo == 1 for p in self.parts) and longest <= TOGETHER_POSITIONS.get(
+                device.type, 0
+            ):
+                slots = torch.zeros(len(lengths), longest, dtype=torch.int64)
+                mask = torch.full((len(lengths), 1, 1, longest), float("-inf"), dtype=dtype)
+                for row, (part, first, length) in enumerate(zip(self.parts, firsts, lengths, strict=True)):
+                    slots[row] = part.table.slots(part.end)[first]  # what is hidden must still be finite
+                    slots[row, :length] = part.table.slots(part.end)[first:]
+                    mask[row, ..., :length] = 0.0
+                self._together[window] = slots.view(-1).to(device), mask.to(device)
+        return self._together[window]
 
     def _attend_part(
         self, index: int, pool: Tensor, q: Tensor, scale: float, window: int | None, softcap: float | None
@@ -161,6 +196,18 @@ def attend_from_start(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
 
 
+def _attend_rows(
+    q: Tensor, pool: Tensor, slots: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Attend for many rows with one new position each: ``q (heads, rows, head_dim)``, and so the result."""
+    heads, rows, head_dim = q.shape
+    kv_heads = pool.shape[1]
+    kv = pool.index_select(2, slots).view(2, kv_heads, rows, -1, head_dim).transpose(1, 2)
+    k, v = kv[0], kv[1]  # (rows, kv_heads, longest, head_dim)
+    grouped = q.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    return _attend(grouped, k, v, scale, mask, softcap).reshape(rows, heads, head_dim).transpose(0, 1)
+
+
 def attend_one(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
 ) -> Tensor:
@@ -185,11 +232,17 @@ def attend_one(
     heads, tokens, head_dim = q.shape
     kv_heads = k.shape[0]
     grouped = q.reshape(kv_heads, heads // kv_heads * tokens, head_dim)  # group's heads stacked: no copy of k
-    if softcap is None:
-        out = F.scaled_dot_product_attention(grouped[None], k[None], v[None], mask, scale=scale)[0]
-    else:
-        logits = torch.tanh(grouped @ k.transpose(1, 2) * (scale / softcap)) * softcap
-        if mask is not None:
-            logits = logits + mask
-        out = torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    out = _attend(grouped[None], k[None], v[None], scale, mask, softcap)
     return out.reshape(heads, tokens, head_dim)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Attend where every query head has its own key head: ``(rows, heads, positions, head_dim)`` each."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    logits = torch.tanh(q @ k.transpose(-2, -1) * (scale / softcap)) * softcap
+    if mask is not None:
+        logits = logits + mask
+    return torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype) @ v

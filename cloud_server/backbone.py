@@ -2,14 +2,14 @@
 
 An adapted layer runs in two calls: ``emit`` makes the codes xA (and ``stash`` the base q, k, v
 products while the codes are in flight), ``run`` is the layer itself, whose wrapped projections
-return stash + residual. Layers run Hugging Face's own code; only projections and norms are handed in
-(`cloud_server.layer`). Knows nothing about tokens, personal weights or the network.
+return stash + residual. What a layer is and how it runs is `cloud_server.layer`'s matter. Knows nothing
+about tokens, personal weights or the network.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,12 +17,16 @@ from transformers import AutoModel
 
 from cloud_server.attention import ATTENTION_NAME, CachedAttention, Part
 from cloud_server.kv_cache import KvCache, Table
-from cloud_server.layer import Layer
+from cloud_server.layer import PROBE_TOKENS, Layer, Probe
+from cloud_server.lean import Rotary
 from cloud_server.step import Step
-from shared.families import geometry, layer_types, rope_parameters
+from shared.families import Geometry, geometry, layer_types, rope_parameters
 from shared.lowrank import LowRank
 from shared.models import Checkpoint
 from shared.plan import Plan
+
+# Columns of z, columns of q|k|v (None: all), and what the former are multiplied with for the latter.
+Residual: TypeAlias = "tuple[slice | None, slice | None, Tensor]"
 
 
 @dataclass
@@ -48,11 +52,11 @@ class Slice:
 class Layout:
     """Where a batch's tokens belong: the same in every layer, so made once.
 
-    ``rotary`` is cos and sin, ``(1, tokens, rotary_dim)`` each, by layer type or under "all".
+    ``rotary`` is by layer type or under "all".
     """
 
     attention: CachedAttention
-    rotary: dict[str, tuple[Tensor, Tensor]]
+    rotary: dict[str, Rotary]
 
 
 class Backbone:
@@ -104,29 +108,35 @@ class Backbone:
         del tensors
         self.rotary_kinds = tuple(kind for kind in rope_parameters(config) if kind == "all" or kind in kinds)
         self._last_layout: tuple[Any, Layout] | None = None
+        # Rotary frequencies are computed, not stored, so this module is made outside "meta".
+        self.rotary_module = type(skeleton.rotary_emb)(config).to(self.device)
+        probe = Probe(self.rotary(torch.arange(PROBE_TOKENS)))
         self.layers: dict[int, Layer] = {}
         for layer in self.served:
             module = skeleton.layers[layer]
             module.load_state_dict(by_layer.pop(layer), strict=True, assign=True)
+            module.eval().requires_grad_(False)
             rotary_key = kinds[layer] if kinds[layer] in self.rotary_kinds else "all"
-            self.layers[layer] = Layer(module.eval().requires_grad_(False), rotary_key)
-        # Rotary frequencies are computed, not stored, so this module is made outside "meta".
-        self.rotary_module = type(skeleton.rotary_emb)(config).to(self.device)
+            self.layers[layer] = Layer(module, rotary_key, lean=probe.agrees(module, rotary_key))
+        wide = torch.promote_types(dtype, torch.float32)
         self._lowrank = {
             name: (
                 {layer: a.to(self.device, dtype) for layer, a in lowrank.a.items()},
-                {layer: (b * plan.scale).to(self.device, dtype) for layer, b in lowrank.b.items()},
+                {
+                    layer: _products((b.to(wide) * plan.scale).to(self.device, dtype), plan, self.geometry)
+                    for layer, b in lowrank.b.items()
+                },
             )
             for name, (plan, lowrank) in plans.items()
         }
 
-    def rotary(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return cos and sin, ``(1, tokens, rotary_dim)`` each, by layer type (or "all")."""
+    def rotary(self, positions: Tensor) -> dict[str, Rotary]:
+        """Return what rotates queries and keys at ``positions (tokens,)``, by layer type (or "all")."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         ids = positions.to(self.device)[None]
         if self.rotary_kinds == ("all",):
-            return {"all": self.rotary_module(like, ids)}
-        return {kind: self.rotary_module(like, ids, kind) for kind in self.rotary_kinds}
+            return {"all": Rotary.of(*self.rotary_module(like, ids))}
+        return {kind: Rotary.of(*self.rotary_module(like, ids, kind)) for kind in self.rotary_kinds}
 
     def emit(self, steps: Sequence[Step]) -> list[Tensor]:
         """Return the codes xA of steps that stand at the same layer, ``(tokens, codes_width)`` each.
@@ -179,13 +189,26 @@ class Backbone:
         """Return what these slices need in every layer; steps that stay together share it down the stack."""
         key = tuple((s.step.serial, s.lo, s.hi, s.tables) for s in slices)
         if self._last_layout is None or self._last_layout[0] != key:
-            if len(slices) == 1 and slices[0].whole:
-                positions = slices[0].step.positions
-            else:
-                positions = torch.cat([s.step.positions[s.lo : s.hi] for s in slices])
-            layout = Layout(CachedAttention(cache, _parts(slices)), self.rotary(positions))
+            layout = Layout(CachedAttention(cache, _parts(slices)), self._rotary(slices))
             self._last_layout = key, layout
         return self._last_layout[1]
+
+    def _rotary(self, slices: Sequence[Slice]) -> dict[str, Rotary]:
+        """Return the slices' rotary embeddings, of which each step keeps its own down the stack."""
+        for s in slices:
+            if not s.step.rotary:
+                s.step.rotary = self.rotary(s.step.positions)
+        if len(slices) == 1 and slices[0].whole:
+            return slices[0].step.rotary
+        return {
+            kind: Rotary(
+                *(
+                    torch.cat([s.step.rotary[kind][i][:, s.lo : s.hi] for s in slices], dim=1)
+                    for i in range(len(Rotary._fields))
+                )
+            )
+            for kind in self.rotary_kinds
+        }
 
     def _products(self, layer: Layer, number: int, hidden: Tensor, slices: Sequence[Slice]) -> Tensor:
         """Return q|k|v with every residual added: ``(tokens, q_dim + 2 kv_dim)``."""
@@ -196,27 +219,51 @@ class Backbone:
         else:  # no codes were made here, or not by all: one norm and one product serve them together
             qkv = layer.base(layer.norm(hidden))
         at = 0
-        for s in slices:
-            count = s.hi - s.lo
-            codes = s.step.residual_codes.get(number)
-            if codes is not None:
-                self._add_residual(qkv[at : at + count], codes[s.lo : s.hi], s.step.plan, number)
+        for _, same_plan in groupby(slices, key=lambda s: s.step.plan.name):
+            alike = list(same_plan)
+            plan = alike[0].step.plan
+            count = sum(s.hi - s.lo for s in alike)
+            if number in plan.adapted_layers:
+                z = _cat([s.step.residual_codes[number][s.lo : s.hi] for s in alike])
+                self.add_residual(qkv[at : at + count], z, plan, number)
             at += count
         return qkv
 
-    def _add_residual(self, qkv: Tensor, z: Tensor, plan: Plan, layer: int) -> None:
+    def a(self, plan: Plan, layer: int) -> Tensor:
+        """Return A of an exchanging layer: ``(hidden_size, codes_width)``."""
+        return self._lowrank[plan.name][0][layer]
+
+    def add_residual(self, qkv: Tensor, z: Tensor, plan: Plan, layer: int) -> None:
         """Add ``scale * zB`` in place. ``z (tokens, groups * r_d2c)``."""
-        b = self._lowrank[plan.name][1][layer]  # (r_d2c, d_out), scale folded in
-        g, column = self.geometry, 0
-        at = {"q": 0, "k": g.q_dim, "v": g.q_dim + g.kv_dim}
-        if plan.layout == "fused" and len(plan.targets) == 3:
-            qkv.addmm_(z, b)
-            return
-        for group, target in enumerate(plan.targets):
-            width = g.out_dim(target)
-            zg = z if plan.layout == "fused" else z[:, group * plan.r_d2c : (group + 1) * plan.r_d2c]
-            qkv[:, at[target] : at[target] + width].addmm_(zg, b[:, column : column + width])
-            column += width
+        for of_z, of_qkv, b in self._lowrank[plan.name][1][layer]:
+            _columns(qkv, of_qkv).addmm_(_columns(z, of_z), b)
+
+    def residual_codes_gradient(self, gradient: Tensor, plan: Plan, layer: int) -> Tensor:
+        """Return dL/dz ``(tokens, groups * r_d2c)`` for dL/dqkv ``(tokens, q_dim + 2 kv_dim)``."""
+        dz = gradient.new_zeros(gradient.shape[0], plan.residual_width)
+        for of_z, of_qkv, b in self._lowrank[plan.name][1][layer]:
+            _columns(dz, of_z).addmm_(_columns(gradient, of_qkv), b.t())
+        return dz
+
+
+def _products(b: Tensor, plan: Plan, g: Geometry) -> list[Residual]:
+    """Return the products that make up ``scale * zB``, for ``b (r_d2c, d_out)`` with the scale in it."""
+    if plan.layout == "fused" and len(plan.targets) == 3:
+        return [(None, None, b)]
+    at = {"q": 0, "k": g.q_dim, "v": g.q_dim + g.kv_dim}
+    products: list[Residual] = []
+    column = 0
+    for index, target in enumerate(plan.targets):
+        width = g.out_dim(target)
+        group = None if plan.layout == "fused" else slice(index * plan.r_d2c, (index + 1) * plan.r_d2c)
+        rows = slice(at[target], at[target] + width)
+        products.append((group, rows, b[:, column : column + width]))
+        column += width
+    return products
+
+
+def _columns(tensor: Tensor, which: slice | None) -> Tensor:
+    return tensor if which is None else tensor[:, which]
 
 
 def _of(tensor: Tensor | None) -> Tensor:

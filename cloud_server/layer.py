@@ -1,18 +1,29 @@
 """One decoder layer of Hugging Face's, with its q, k and v products taken out in front.
 
-A layer cannot be paused inside its projection, so the projections are computed before it is called and
-handed to it through stand-ins. Knows nothing about batches, codes or residuals.
+A layer cannot be paused inside its projection, so the projections are computed before it is called. What
+follows runs in the fewest calls (`cloud_server.lean`) if a probe shows that this equals Hugging Face's own
+code, else in that code, with the products handed to it through stand-ins. Knows nothing about codes,
+residuals or sessions.
 """
 
-from collections.abc import Sequence
+import copy
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cloud_server.attention import CachedAttention
+from cloud_server.attention import Attends, attend_one, visible
+from cloud_server.lean import Asked, Call, LeanLayer, Rotary, UnknownStructureError, fused_norm, product
 from shared.families import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 1e-5  # of the largest value; two orders of float32 sums differ by some 1e-6
 
 
 class Handed(nn.Module):
@@ -49,43 +60,29 @@ class Stacked(nn.Module):
         return self.hand[0]
 
 
-class FusedNorm(nn.Module):
-    """An RMS norm as one kernel instead of eight."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = weight, eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the normed ``hidden``, of the same shape."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-
-
-def fused_norm(norm: nn.Module) -> nn.Module:
-    """Return ``norm`` as one kernel if that gives the same numbers on a probe, else ``norm`` itself.
-
-    Families differ in what they multiply with (Gemma with 1 + weight) and in where they round, so equality
-    is tried, not assumed.
-    """
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, Tensor) or not isinstance(eps, float):
-        return norm
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(8, *weight.shape, generator=generator).to(weight.device, weight.dtype)
-    with torch.inference_mode():
-        expected = norm(probe)
-        for candidate in (weight.detach(), 1 + weight.detach()):
-            fused = FusedNorm(candidate, eps)
-            if torch.allclose(fused(probe), expected, rtol=1e-6, atol=1e-6):
-                return fused
-    return norm
-
-
 class Layer:
-    """One decoder layer with its q, k and v projections taken out in front, as one stacked product."""
+    """One decoder layer with its q, k and v projections taken out in front, as one stacked product.
 
-    def __init__(self, module: nn.Module, rotary_key: str) -> None:
-        attention, norm = getattr(module, "self_attn", None), getattr(module, "input_layernorm", None)
+    Parameters
+    ----------
+    module
+        The decoder layer; it is taken apart.
+    rotary_key
+        Which of the batch's rotary embeddings it uses.
+    lean
+        Whether to run it in the fewest calls; see `Probe`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the module has no projections where they are expected.
+    UnknownStructureError
+        If it is to run lean and has parts that are not known.
+    """
+
+    def __init__(self, module: nn.Module, rotary_key: str, *, lean: bool) -> None:
+        attention: Any = getattr(module, "self_attn", None)
+        norm = getattr(module, "input_layernorm", None)
         if (
             attention is None
             or norm is None
@@ -99,7 +96,7 @@ class Layer:
             if type(child).__name__.endswith("RMSNorm"):
                 setattr(module, name, fused_norm(child))
         self.module, self.rotary_key = module, rotary_key
-        self.norm: nn.Module = module.input_layernorm  # type: ignore[assignment]
+        self.norm: Call = module.input_layernorm.forward  # type: ignore[union-attr]
         module.input_layernorm = nn.Identity()  # the norm runs in front, for the codes
         names = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         self.hand: list[Tensor] = []
@@ -111,18 +108,154 @@ class Layer:
             hand: list[Tensor] = []
             mlp.gate_proj = Stacked([mlp.gate_proj, mlp.up_proj], hand)
             mlp.up_proj = Handed(hand, 1)
+        self.lean = LeanLayer(module, sum(self.base_product.widths), self._asked()) if lean else None
 
     def base(self, x: Tensor) -> Tensor:
         """Return the base q|k|v products of ``x (tokens, hidden_size)``: ``(tokens, q_dim + 2 kv_dim)``."""
-        product = self.base_product
-        return F.linear(x, product.weight, product.bias)
+        weight, bias = self.base_product.weight, self.base_product.bias
+        qkv = product(x, weight).contiguous()
+        return qkv if bias is None else qkv + bias
 
-    def __call__(
-        self, hidden: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], batch: CachedAttention
-    ) -> Tensor:
+    def base_gradient(self, gradient: Tensor) -> Tensor:
+        """Return dL/dx ``(tokens, hidden_size)`` of the base products for dL/dqkv."""
+        return gradient @ self.base_product.weight
+
+    def __call__(self, hidden: Tensor, qkv: Tensor, rotary: Rotary, batch: Attends) -> Tensor:
         """Run the layer on ``hidden (tokens, hidden_size)`` with finished q, k, v products."""
+        if self.lean is not None:
+            return self.lean(hidden, qkv, rotary, batch)
         self.hand[:] = torch.split(qkv[None], self.base_product.widths, dim=2)
-        out: Tensor = self.module(
-            hidden[None], attention_mask=None, position_embeddings=rotary, past_key_values=None, batch=batch
-        )
+        out: Tensor = self.module(hidden[None], **_arguments(rotary, batch))
         return out[0]
+
+    def _asked(self) -> Asked:
+        """Return what the module asks of attention, seen by asking it for one token."""
+        attention: Any = self.module.self_attn
+        weight, head_dim, listener = self.base_product.weight, attention.head_dim, _Listener()
+        self.hand[:] = torch.split(weight.new_zeros(1, 1, len(weight)), self.base_product.widths, dim=2)
+        rotary = Rotary.of(weight.new_ones(1, 1, head_dim), weight.new_zeros(1, 1, head_dim))
+        with torch.no_grad():
+            attention(hidden_states=weight.new_zeros(1, 1, weight.shape[1]), **_arguments(rotary, listener))
+        if listener.asked is None:
+            raise UnknownStructureError(f"{type(attention).__name__} attends in another way")
+        return listener.asked
+
+
+class Probe:
+    """Tells whether a layer may run lean: Hugging Face's own code, run untouched, is the truth.
+
+    A layer is tried with random weights in place of its own: trained ones can be so near to neutral (a
+    bias of zeros, a norm of ones) that leaving something out would not show. What is alike is tried once.
+
+    Parameters
+    ----------
+    rotary
+        The model's rotary embeddings of some `PROBE_TOKENS` positions, by key.
+    """
+
+    def __init__(self, rotary: Mapping[str, Rotary]) -> None:
+        self._rotary = rotary
+        self._verdicts: dict[Hashable, bool] = {}
+
+    def agrees(self, module: nn.Module, rotary_key: str) -> bool:
+        """Return whether the lean layer equals ``module``, which is left as it is."""
+        kind = (rotary_key, _kind(module))
+        if kind not in self._verdicts:
+            try:
+                difference = self._difference(module, rotary_key)
+                reason = f"results differ by {difference:.1e}"
+                self._verdicts[kind] = difference <= PROBE_TOLERANCE  # false for a NaN
+            except (UnknownStructureError, AttributeError, RuntimeError) as error:  # parts or shapes differ
+                self._verdicts[kind], reason = False, str(error)
+            if not self._verdicts[kind]:
+                name = type(module).__name__
+                logger.info("%s runs in Hugging Face's own code, which is slower: %s", name, reason)
+        return self._verdicts[kind]
+
+    @torch.no_grad()
+    def _difference(self, module: nn.Module, rotary_key: str) -> float:
+        """Return by how much the two differ, relative to the largest value, in float32 at least."""
+        weight = next(module.parameters())
+        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        trial: Any = copy.deepcopy(module).to(dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        for name, parameter in trial.named_parameters():
+            parameter.normal_(generator=generator)
+            if parameter.ndim > 1:  # products of variance four: attention is peaked
+                parameter.mul_(2 / math.sqrt(parameter.shape[-1]))
+            else:  # norms around one, biases around zero
+                parameter.mul_(0.3).add_(1.0 if "norm" in name else 0.0)
+        size = trial.input_layernorm.weight.shape[0]
+        hidden = torch.randn(PROBE_TOKENS, size, generator=generator, dtype=dtype, device=device)
+        rotary, batch = Rotary(*(part.to(dtype) for part in self._rotary[rotary_key])), _Causal()
+        expected = trial(hidden[None], **_arguments(rotary, batch))[0]
+        layer = Layer(trial, rotary_key, lean=True)
+        found = layer(hidden, layer.base(layer.norm(hidden)), rotary, batch)
+        return float((found - expected).abs().max() / expected.abs().max())
+
+
+class _Listener:
+    """Notes what is asked of attention; see `Attends`."""
+
+    asked: Asked | None = None
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Return something of the right shape."""
+        self.asked = Asked(layer, scale, window, softcap)
+        return q
+
+
+class _Causal:
+    """Attention of one row from its first position on, without a cache; see `Attends`."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend within the window."""
+        hidden = ~visible(0, q.shape[1], 0, window, q.device).repeat(q.shape[0] // k.shape[0], 1)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -math.inf)
+        return attend_one(q, k, v, scale, mask, softcap)
+
+
+def _arguments(rotary: Rotary, batch: Attends) -> dict[str, Any]:
+    """Return what a layer or its attention is called with besides hidden states."""
+    return {
+        "position_embeddings": (rotary.cos, rotary.sin),
+        "attention_mask": None,
+        "past_key_values": None,
+        "batch": batch,
+    }
+
+
+def _kind(module: nn.Module) -> Hashable:
+    """Return a value that differs between layers whose code, sizes or settings differ."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (
+            path,
+            type(part),
+            getattr(part.forward, "__func__", part.forward),  # someone may have replaced it
+            tuple((n, v) for n, v in vars(part).items() if isinstance(v, plain) and n != "layer_idx"),
+            tuple(
+                (n, t.shape, t.dtype)
+                for n, t in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+            ),
+        )
+        for path, part in module.named_modules()
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cloud_server.kv_cache import Row
+from cloud_server.lean import Rotary
 from shared.plan import Plan
 
 
@@ -46,7 +47,10 @@ class Step:
     normed: Tensor | None = None  # input of the projections, where codes were made: (tokens, hidden_size)
     stash: Tensor | None = None  # (tokens, q_dim + 2 * kv_dim)
     residual_codes: dict[int, Tensor] = field(default_factory=dict)  # layer -> (tokens, residual_width)
+    rotary: dict[str, Rotary] = field(default_factory=dict)  # made by the backbone when it first runs
     emitted: int = -1  # last layer whose codes were sent
+    emitted_at: float = 0.0  # when (seconds, monotonic)
+    submitted_at: float = 0.0  # when the step came (seconds, monotonic)
     cancelled: bool = False
     is_running: bool = False  # a slice of it is on the torch thread
     ready_since: float = 0.0
