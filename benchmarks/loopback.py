@@ -73,7 +73,6 @@ def decode(model: Any, prompts: Tensor, tokens: int) -> list[float]:
         attention_mask=torch.ones_like(prompts),
         do_sample=False,
         max_new_tokens=tokens,
-        min_new_tokens=tokens,
         stopping_criteria=StoppingCriteriaList([watch]),
         pad_token_id=0,
     )
@@ -96,6 +95,8 @@ def decode_many(model: Any, prompts: Tensor, tokens: int) -> tuple[float, float]
         thread.start()
     for thread in threads:
         thread.join()
+    if any(len(times) != tokens for times in runs):
+        raise RuntimeError("a run ended before its time")
     if len(runs) != len(threads):
         raise RuntimeError(f"{len(threads) - len(runs)} of {len(threads)} sessions failed")
     # From the last session's first token on, so that all decode; up to the first one's end.
@@ -167,6 +168,8 @@ def main() -> None:
         figures["edge_rss_mib"] = memory_bytes()[0] >> 20
         plain = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=getattr(torch, arguments.dtype))
         figures["edge_and_reference_rss_mib"] = memory_bytes()[0] >> 20
+        for model in (split, plain):  # every run has the same length
+            model.generation_config.eos_token_id = None
         vocab = checkpoint.geometry.vocab_size
         prompts = Prompts(vocab)
         figures["bytes_per_token"] = bytes_per_token(split, prompts)

@@ -23,12 +23,21 @@ class EngineConfig(BaseModel):
         default=16, ge=1, description="Longest row of a step that counts as decoding (positions)"
     )
     max_batch_steps: int = Field(default=256, ge=1, description="Most steps that run together (count)")
+    max_batch_tokens: int = Field(
+        default=2048, ge=1, description="Most of long steps that runs at once, all together (positions)"
+    )
     slice_s: float = Field(default=0.005, gt=0, description="Longest slice while decodes are ready (seconds)")
     inline_s: float = Field(
         default=0.005, ge=0, description="Work expected to be shorter runs on the event loop itself (seconds)"
     )
     gather_wait_s: float = Field(
-        default=0.0005, ge=0, description="Longest wait for steps due at the same layer (seconds)"
+        default=0.005, ge=0, description="Longest wait for steps due at the same layer (seconds)"
+    )
+    start_wait_share: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Longest wait of a new step for others, as a share of what a step takes (no unit)",
     )
     fairness_s: float = Field(
         default=0.05, gt=0, description="A group that has waited longer goes before larger ones (seconds)"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cloud_server.backbone import Backbone, Slice
 from cloud_server.config import EngineConfig
-from cloud_server.kv_cache import KvCache
+from cloud_server.kv_cache import KvCache, Row
 from cloud_server.step import Step
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,17 @@ class Engine:
         self.ready: deque[Step] = deque()
         self.batches = BatchStatistics()
         self._cost = 50e-6  # seconds per token and layer, learned; decides slices and threads
+        self._short_batch_s = 0.0  # how long a batch of short steps takes, learned; decides waiting
+        self._pass_s = 0.0  # how long a short step takes from its arrival to its end, learned
+        self._resting: dict[Row, float] = {}  # rows of short steps that ended, and when
         self._wake = asyncio.Event()
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
 
     def submit(self, step: Step) -> None:
         """Admit a step. Its rows must be reserved in the cache."""
         self.steps.add(step)
+        self._resting.pop(step.spans[0].row, None)
+        step.submitted_at = time.monotonic()
         self._enqueue(step)
 
     def answer(self, step: Step, residual_codes: dict[int, Tensor]) -> None:
@@ -64,57 +69,78 @@ class Engine:
     async def serve(self) -> None:
         """Run until cancelled."""
         while True:
-            await self._wake.wait()
-            slices = self.gather()
+            slices, patience = self.gather()
             if not slices:
                 self._wake.clear()
+                await _wait(self._wake, patience)
                 continue
-            wait = self.worth_waiting(slices)
-            if wait > 0:
-                self._wake.clear()
-                await _wait(self._wake, wait)
-                slices = self.gather()
-                if not slices:  # all of them were cancelled meanwhile
-                    continue
             emitted = await self._run(slices)
             self.reply(slices, emitted)
             await asyncio.sleep(0)  # codes go on the wire before the base products are computed
             self._stash([step for step, _ in emitted])
 
-    def gather(self) -> list[Slice]:
-        """Choose what runs next: the largest group of short steps at one layer, else the oldest long step.
+    def gather(self) -> tuple[list[Slice], float | None]:
+        """Choose what runs next: short steps at one layer, else long ones.
 
-        A group, or a long step, that has waited for ``fairness_s`` goes first, so that nobody starves.
+        The group at the lowest layer goes first: so those behind catch up, and from then on everybody
+        runs together. A group waits for company whose answers at this very layer are on their way, but
+        no longer than running them apart would take. One that has waited for ``fairness_s`` goes before
+        all others, so that nobody starves.
+
+        Returns
+        -------
+        tuple
+            Slices to run; or none, and for how many seconds waiting for company is worth it (None: until
+            something is ready).
         """
-        now, short, long = time.monotonic(), dict[tuple[int, bool], list[Step]](), None
+        now, patience = time.monotonic(), None
+        short, long = dict[tuple[int, bool], list[Step]](), dict[tuple[int, bool], list[Step]]()
         for step in self.ready:
-            if step.longest <= self.config.short_step_tokens:
-                short.setdefault((step.layer, step.must_emit()), []).append(step)
-            elif long is None:
-                long = step
-        if long is not None and (not short or now - long.ready_since > self.config.fairness_s):
-            room = long.tokens
-            if any(other.longest <= self.config.short_step_tokens for other in self.steps):
-                room = max(16, int(self.config.slice_s / self._cost))  # somebody's decode will be ready soon
-            return [Slice(long, long.offset, min(long.tokens, long.offset + room))]
-        if not short:
-            return []
-        group = max(short.values(), key=lambda g: (now - g[0].ready_since > self.config.fairness_s, len(g)))
-        return [Slice(step, 0, step.tokens) for step in group[: self.config.max_batch_steps]]
+            groups = short if step.longest <= self.config.short_step_tokens else long
+            groups.setdefault((step.layer, step.must_emit()), []).append(step)
+        oldest = next(iter(long.values()), [])
+        if oldest and now - oldest[0].ready_since > self.config.fairness_s:
+            return self._slices(oldest), None
+        starving = [g for g in short.values() if now - g[0].ready_since > self.config.fairness_s]
+        for group in (*starving, *(short[key] for key in sorted(short))):
+            left = group[0].ready_since + self._patience(group[0], now) - now
+            if left <= 0:
+                return [Slice(step, 0, step.tokens) for step in group[: self.config.max_batch_steps]], None
+            patience = min(left, patience or left)
+        return self._slices(oldest), patience
 
-    def worth_waiting(self, slices: list[Slice]) -> float:
-        """Return the seconds to wait for steps whose answers at this very layer are on their way."""
-        first = slices[0].step
-        if self.config.gather_wait_s <= 0 or first.longest > self.config.short_step_tokens:
-            return 0.0
-        coming = sum(
-            1
+    def _patience(self, first: Step, now: float) -> float:
+        """Return for how many seconds a group is kept for company; an edge that is late is not waited for.
+
+        At the first layer the company is sessions that have just been given a token: running apart from
+        them costs a pass through all layers. Further on it is steps whose answers at this very layer are
+        on their way: running apart from them costs one batch.
+        """
+        recent = now - self.config.fairness_s
+        if first.layer == first.plan.cloud_layers.start and first.emitted < first.layer:
+            self._resting = {row: since for row, since in self._resting.items() if since > recent}
+            return self.config.start_wait_share * self._pass_s if self._resting else 0.0
+        awaited = any(
+            step.layer == first.layer == step.emitted
+            and step.is_blocked()
+            and step.longest <= self.config.short_step_tokens
+            and step.emitted_at > recent
             for step in self.steps
-            if step.layer == first.layer and step.emitted == first.layer and step not in self.ready
         )
-        if coming == 0 or len(self.ready) > len(slices):
-            return 0.0
-        return first.ready_since + self.config.gather_wait_s - time.monotonic()
+        return min(self.config.gather_wait_s, self._short_batch_s) if awaited else 0.0
+
+    def _slices(self, group: list[Step]) -> list[Slice]:
+        """Return as much of long steps at one layer as may run at once."""
+        room = self.config.max_batch_tokens
+        if any(other.longest <= self.config.short_step_tokens for other in self.steps):
+            room = max(16, int(self.config.slice_s / self._cost))  # somebody's decode will be ready soon
+        slices = []
+        for step in group:
+            count = min(step.tokens - step.offset, room)
+            if count > 0:
+                slices.append(Slice(step, step.offset, step.offset + count))
+            room -= count
+        return slices
 
     async def _run(self, slices: list[Slice]) -> list[tuple[Step, Tensor]]:
         """Advance the slices, inline if that is short, else on the torch thread."""
@@ -132,9 +158,11 @@ class Engine:
                 emitted, layers = await loop.run_in_executor(self._torch_thread, self._advance, slices)
         for s in slices:
             s.step.is_running = False
+        took = time.perf_counter() - started
         if layers and tokens >= 16:
-            cost = (time.perf_counter() - started) / (tokens * layers)
-            self._cost += 0.2 * (cost - self._cost)
+            self._cost += 0.2 * (took / (tokens * layers) - self._cost)
+        if layers and slices[0].step.longest <= self.config.short_step_tokens:
+            self._short_batch_s += 0.2 * (took - self._short_batch_s)
         return emitted
 
     @torch.inference_mode()
@@ -156,6 +184,7 @@ class Engine:
     def reply(self, slices: list[Slice], emitted: list[tuple[Step, Tensor]]) -> None:
         """Send codes and finished hidden states, and queue again what can go on."""
         for step, codes in emitted:
+            step.emitted_at = time.monotonic()
             if not step.cancelled:
                 step.on_codes(step, step.layer, codes)
         for s in slices:
@@ -164,6 +193,9 @@ class Engine:
                 continue
             if step.finished:
                 self.steps.discard(step)
+                if step.longest <= self.config.short_step_tokens:
+                    self._resting[step.spans[0].row] = now = time.monotonic()
+                    self._pass_s += 0.1 * (now - step.submitted_at - self._pass_s)
                 step.before = None  # or a stream that always has two in flight keeps all it ever sent
                 step.on_done(step, step.kept_hidden())
             elif s.hi == step.tokens or step.offset:
@@ -212,6 +244,6 @@ class BatchStatistics:
         return self.steps / self.count if self.count else 0.0
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
+async def _wait(event: asyncio.Event, seconds: float | None) -> None:
     with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
         await asyncio.wait_for(event.wait(), seconds)
