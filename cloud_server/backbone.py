@@ -28,6 +28,8 @@ from shared.plan import Plan
 # Columns of z, columns of q|k|v (None: all), and what the former are multiplied with for the latter.
 Residual: TypeAlias = "tuple[slice | None, slice | None, Tensor]"
 
+FEW_TOKENS = 16  # for so few, one product with zeros in it takes less time than one for each projection
+
 
 @dataclass
 class Slice:
@@ -128,6 +130,12 @@ class Backbone:
                 },
             )
             for name, (plan, lowrank) in plans.items()
+        }
+
+        self._spread = {
+            (name, layer): _spread_out(products, self.plans[name], self.geometry)
+            for name, (_, by_number) in self._lowrank.items()
+            for layer, products in by_number.items()
         }
 
     def rotary(self, positions: Tensor) -> dict[str, Rotary]:
@@ -235,6 +243,9 @@ class Backbone:
 
     def add_residual(self, qkv: Tensor, z: Tensor, plan: Plan, layer: int) -> None:
         """Add ``scale * zB`` in place. ``z (tokens, groups * r_d2c)``."""
+        if z.shape[0] <= FEW_TOKENS:
+            qkv.addmm_(z, self._spread[plan.name, layer])
+            return
         for of_z, of_qkv, b in self._lowrank[plan.name][1][layer]:
             _columns(qkv, of_qkv).addmm_(_columns(z, of_z), b)
 
@@ -260,6 +271,16 @@ def _products(b: Tensor, plan: Plan, g: Geometry) -> list[Residual]:
         products.append((group, rows, b[:, column : column + width]))
         column += width
     return products
+
+
+def _spread_out(products: list[Residual], plan: Plan, g: Geometry) -> Tensor:
+    """Return the products as one matrix ``(groups * r_d2c, q_dim + 2 kv_dim)`` with zeros in between."""
+    if len(products) == 1 and products[0][:2] == (None, None):
+        return products[0][2]
+    spread = products[0][2].new_zeros(plan.residual_width, g.q_dim + 2 * g.kv_dim)
+    for of_z, of_qkv, b in products:
+        _columns(spread if of_z is None else spread[of_z], of_qkv).copy_(b)
+    return spread
 
 
 def _columns(tensor: Tensor, which: slice | None) -> Tensor:
