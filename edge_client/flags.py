@@ -1,0 +1,77 @@
+"""The flags that several commands have, and how commands show their errors. Imports no torch."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Cloud = Annotated[
+    str | None, typer.Option("--cloud", metavar="HOST:PORT", help="Where `privatelora-cloud serve` listens.")
+]
+AdapterName = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME|FILE",
+        help="Your personal weights, by name (`adapter list`) or file; without, those in use; none: the base "
+        "model.",
+    ),
+]
+PlanName = Annotated[
+    str | None, typer.Option("--plan", metavar="NAME", help="Split to use; `info` lists them.")
+]
+WireDtype = Annotated[
+    str | None, typer.Option("--wire-dtype", help="float32, bfloat16 or float16: what numbers travel as.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="What this side computes in; as the cloud by default.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps: where this side computes.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest answer (tokens); 256 by default.")
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="0: always the likeliest token; higher: more varied.")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens up to this sum.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option("--draft-tokens", metavar="N", help="Guess N tokens from the prompt a round trip."),
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message to begin with.")]
+FingerprintHex = Annotated[
+    str | None,
+    typer.Option("--fingerprint", metavar="HEX", help="The model's fingerprint, from a trusted source."),
+]
+AcceptNew = Annotated[
+    bool | None,
+    typer.Option("--accept-new-fingerprint", help="Trust a cloud whose model has changed, and remember it."),
+]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for fetched parts.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn every expected error into one line and an exit code: 2 for settings, 130 for Ctrl-C, else 1."""
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError, but no error
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        from edge_client.config import SettingsError
+
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
