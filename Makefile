@@ -24,13 +24,14 @@ export MODEL DTYPE PROMPT  # read by the shell, so that quotes in them are harml
 
 RUN_STAMP   := $(VENV)/.stamp-run
 DEV_STAMP   := $(VENV)/.stamp-dev
+BENCH_STAMP := $(VENV)/.stamp-bench
 MODEL_STAMP := $(VENV)/.stamp-model-$(notdir $(MODEL))
 STUBS       := shared/pb/privatelora/v1
 PROTOC      := $(PY) -m grpc_tools.protoc -Ishared/pb=proto \
   --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc
 
-.PHONY: help demo chat model test lint format proto proto-check exact bench attacks install clean
+.PHONY: help demo chat model test lint format proto proto-check exact bench attacks data tuning install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -60,6 +61,10 @@ $(DEV_STAMP): $(RUN_STAMP)
 
 install: $(RUN_STAMP)  ## make .venv with both sides installed (EXTRAS=cloud or edge: one side)
 
+$(BENCH_STAMP): $(RUN_STAMP)
+	$(PIP) install --quiet --editable '.[bench]'
+	@touch $@
+
 RESOLVE     := $(PY) -c 'import sys; from shared.models import resolve; print(resolve(sys.argv[1]).folder)'
 
 $(MODEL_STAMP): $(RUN_STAMP)
@@ -81,7 +86,8 @@ chat: $(MODEL_STAMP)  ## the same, as a conversation
 # --- check ----------------------------------------------------------------------------------------
 
 test: lint $(MODEL_STAMP)  ## lint, then unit and integration tests
-	$(PY) -m pytest tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/unit
+	$(PY) -m pytest tests/integration
 
 lint: $(DEV_STAMP) proto-check  ## ruff, mypy --strict, buf, generated stubs up to date
 	$(VENV)/bin/ruff check .
@@ -118,6 +124,13 @@ bench: $(DEV_STAMP)  ## speed and bytes against plain Hugging Face generate (min
 attacks: $(DEV_STAMP)  ## read a prompt and recover M from captured traffic
 	$(PY) -m benchmarks.read_prompt
 	$(PY) -m benchmarks.recover_m
+
+data: $(RUN_STAMP)  ## fetch the data of the tuning benchmark (70 MB) into the user's cache
+	$(PY) -m benchmarks.datasets
+
+tuning: $(BENCH_STAMP) $(MODEL_STAMP)  ## tuning quality against PEFT LoRA (hours; goes on where it stopped)
+	$(PY) -m benchmarks.tuning compare
+	$(PY) -m benchmarks.tuning table
 
 clean:  ## remove .venv and tool caches (the model cache in the user's folder stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

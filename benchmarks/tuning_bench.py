@@ -1,0 +1,196 @@
+"""What all tuning runs share: the model, the data, the record, the deadline; and how one run is done."""
+
+import argparse
+import gc
+import hashlib
+import math
+import time
+from datetime import datetime, timezone
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks import quality, tuning_learner
+from benchmarks.datasets import Row, Task, by_digest, load
+from benchmarks.quality import Scores
+from benchmarks.tuning_learner import Learner, Progress
+from benchmarks.tuning_runs import Found, Record, Run, Spec, mean_of, significant
+from shared import lowrank
+from shared.cache import cache_folder
+from shared.checkpoint import Checkpoint
+from shared.models import resolve
+from shared.plan import Plan
+
+LORA_RANK, LORA_ALPHA = 16, 32
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent; what is done is in the record."""
+
+
+def unit_rate(plan: Plan, matrices: lowrank.LowRank) -> float:
+    """Return the learning rate at which a step of AdamW changes W as much as for orthonormal factors.
+
+    One step changes each entry of M by about the rate, so W by that times the lengths of A's columns
+    and B's rows; over more ranks the changes add up, hence the root.
+    """
+    a = torch.stack([x.square().sum(dim=0).mean() for x in matrices.a.values()]).mean().sqrt()
+    width = {"per_projection": plan.groups, "fused": 1}[plan.layout]  # rows of B hold one part per group
+    b = torch.stack([x.square().sum(dim=1).mean() / width for x in matrices.b.values()]).mean().sqrt()
+    return float((64 / plan.r_c2d) ** 0.5 / (a * b))
+
+
+def found(scores: Scores) -> Found:
+    """Return scores as they are recorded."""
+    return Found(
+        rows=scores.rows, nats=mean_of([scores.nats]), nats_error=mean_of([scores.nats_error]),
+        perplexity=mean_of([scores.perplexity]) if scores.nats < 100 else None, correct=scores.correct,
+    )  # fmt: skip
+
+
+class Bench:
+    """What all runs share: options, the record, the model's files, the data, the deadline."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.record = options, Record(options.record)
+        budget = options.budget_minutes
+        self.deadline = math.inf if budget is None else time.monotonic() + 60 * budget
+        self._tasks: dict[str, Task] = {}
+        self._units: dict[tuple[object, ...], float] = {}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model's files."""
+        return resolve(self.options.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.checkpoint.folder)
+
+    def task(self, name: str) -> Task:
+        """Return a task's rows."""
+        if name not in self._tasks:
+            self._tasks[name] = load(name, self.options.words, self.options.test_words)
+        return self._tasks[name]
+
+    def spec(self, **fields: Any) -> Spec:
+        """Return a spec with the options' values, and these."""
+        o = self.options
+        own: dict[str, Any] = {
+            "model": self.checkpoint.id, "words": o.words, "test_words": o.test_words,
+            "test_rows": o.test_rows, "validation_rows": o.validation_rows,
+        }  # fmt: skip
+        if fields["method"] in ("lora", "privatelora"):
+            own |= {"steps": o.steps, "batch": o.batch}
+        if fields["method"] == "lora":
+            own |= {"rank": LORA_RANK, "alpha": LORA_ALPHA}
+        return Spec(**{**own, **fields})
+
+    def factors(self, spec: Spec) -> tuple[Plan, lowrank.LowRank]:
+        """Return the plan of a PrivateLoRA run, and its A and B."""
+        g = self.checkpoint.geometry
+        assert spec.initialiser and spec.layout, f"{spec} needs an initialiser and a layout"
+        plan = Plan.subset(
+            name=f"{spec.layout}-{spec.initialiser}-r{spec.rank}", backbone=self.checkpoint.id,
+            num_layers=g.num_layers, hidden_size=g.hidden_size, rank=spec.rank, layout=spec.layout,
+            initialiser=spec.initialiser,
+        )  # fmt: skip
+        return plan, lowrank.ensure(plan, self.checkpoint, progress=True)[0]
+
+    def rate(self, spec: Spec, relative: float) -> float:
+        """Return the learning rate of a PrivateLoRA run that stands for ``relative`` whatever A and B are."""
+        key = (spec.rank, spec.initialiser, spec.layout)
+        if key not in self._units:
+            self._units[key] = unit_rate(*self.factors(spec))
+        return significant(relative * self._units[key])
+
+    def labels(self, task: Task) -> list[int]:
+        """Return the labels' ids: one token each, which is what makes one forward enough."""
+        ids = self.tokenizer(list(task.labels), add_special_tokens=False)["input_ids"] if task.labels else []
+        for label, tokens in zip(task.labels, ids, strict=True):
+            if len(tokens) != 1:
+                raise SystemExit(f"{label!r} is {len(tokens)} tokens in this model; labels must be one token")
+        return [tokens[0] for tokens in ids]
+
+    def run(self, spec: Spec) -> Run:
+        """Return a run from the record, else do it and record it.
+
+        Raises
+        ------
+        OutOfTimeError
+            If the budget is spent before training is done.
+        """
+        if spec in self.record.runs:
+            return self.record.runs[spec]
+        if time.monotonic() >= self.deadline:
+            raise OutOfTimeError
+        print(f"{spec}", flush=True)
+        task = self.task(spec.task)
+        parts: dict[str, list[Row]] = {"validation": task.validation[: spec.validation_rows]}
+        if spec.test_rows:
+            parts["test"] = by_digest(task.test)[: spec.test_rows]
+        if spec.method == "majority":
+            scores = {part: found(quality.majority(task.train, rows)) for part, rows in parts.items()}
+            return self._add(spec, scores, Progress(), 0.0, 0, None)
+
+        learner, wire = self._learner(spec)
+        key = hashlib.sha256(repr(spec).encode()).hexdigest()[:24]
+        saved = cache_folder() / "tuning" / f"{key}.pt"
+        progress = Progress()
+        if spec.steps:
+            progress = tuning_learner.train(
+                learner, tuning_learner.encode(self.tokenizer, task.train), steps=spec.steps, size=spec.batch,
+                peak=spec.lr, seed=spec.seed, deadline=self.deadline, saved=saved, show=True,
+            )  # fmt: skip
+            if time.monotonic() >= self.deadline:
+                raise OutOfTimeError
+        started, scores = time.perf_counter(), {}
+        if progress.step == spec.steps:  # else it diverged
+            for part, rows in parts.items():
+                examples = tuning_learner.encode(self.tokenizer, rows)
+                scores[part] = found(quality.evaluate(learner, examples, self.labels(task)))
+        count = sum(p.numel() for p in learner.parameters)
+        run = self._add(spec, scores, progress, time.perf_counter() - started, count, wire)
+        saved.unlink(missing_ok=True)
+        del learner
+        gc.collect()  # a wrapped model is held in cycles, and half a gigabyte
+        return run
+
+    def _learner(self, spec: Spec) -> tuple[Learner, int | None]:
+        model = tuning_learner.base_model(self.checkpoint, self.options.device)
+        if spec.method == "base":
+            return tuning_learner.Local(model, []), None
+        if spec.method == "lora":
+            return tuning_learner.lora(model, spec.rank, spec.alpha, spec.seed), None
+        plan, matrices = self.factors(spec)
+        codes = len(plan.exchange_layers) * plan.codes_width + len(plan.adapted_layers) * plan.residual_width
+        return tuning_learner.private_lora(model, plan, matrices), codes + 2 * plan.hidden_size
+
+    def _add(
+        self, spec: Spec, scores: dict[str, Found], progress: Progress, seconds: float, trained: int,
+        wire: int | None,
+    ) -> Run:  # fmt: skip
+        tenth = max(1, spec.steps // 10)
+        run = Run(
+            spec=spec,
+            validation=scores.get("validation"),
+            test=scores.get("test"),
+            first_loss=mean_of(progress.losses[:tenth]),
+            last_loss=mean_of(progress.losses[-tenth:]),
+            diverged=progress.step < spec.steps or any(s.nats is None for s in scores.values()),
+            trained=trained,
+            wire=wire,
+            tokens=progress.tokens,
+            seconds=round(progress.seconds, 2),
+            eval_seconds=round(seconds, 2),
+            torch=torch.__version__,
+            device=self.options.device,
+            threads=torch.get_num_threads(),
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        )
+        test = f", test {run.test.nats:.4f}" if run.test and run.test.nats is not None else ""
+        print(f"  validation {run.score:.4f}{test} nats per answer", flush=True)
+        return self.record.add(run)

@@ -1,0 +1,182 @@
+"""The record of tuning runs as people read it: markdown tables and a plot."""
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.quality import wilson
+from benchmarks.tuning_runs import Found, Record, Run, Spec, best
+
+BYTES_PER_VALUE = 2  # on the wire, at 16 bits
+Setting = tuple[object, ...]
+
+
+def markdown(record: Record) -> str:
+    """Return all tables of a record."""
+    parts = [*_comparisons(record), *_sweeps(record)]
+    return "\n\n".join(parts) if parts else "no runs yet"
+
+
+def setting(spec: Spec) -> Setting:
+    """Return everything of a spec but learning rate and seed."""
+    return tuple(v for k, v in vars(spec).items() if k not in ("lr", "seed"))
+
+
+def chosen(runs: list[Run]) -> list[Run]:
+    """Return, of one setting's runs, those at the learning rate that validation chose with seed 0."""
+    scores = {run.spec.lr: run.score for run in runs if run.spec.seed == 0}
+    if not scores:
+        return []
+    rate = best(scores)
+    return sorted((run for run in runs if run.spec.lr == rate), key=lambda run: run.spec.seed)
+
+
+def _by_setting(runs: list[Run]) -> list[list[Run]]:
+    groups: dict[Setting, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[setting(run.spec)].append(run)
+    return list(groups.values())
+
+
+def _method(spec: Spec) -> str:
+    names = {
+        "base": "untuned",
+        "majority": "majority class",
+        "lora": f"LoRA r={spec.rank}, alpha={spec.alpha}",
+    }
+    layout = spec.layout.replace("_", " ")
+    return names.get(spec.method, f"PrivateLoRA {layout} {spec.initialiser} r={spec.rank}")
+
+
+def _nats(tests: list[Found]) -> str:
+    values = [test.nats for test in tests if test.nats is not None]
+    if len(values) < len(tests):
+        return "diverged"
+    if len(values) > 1:
+        return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+    return f"{values[0]:.4f}"
+
+
+def _accuracy(tests: list[Found]) -> str:
+    counts = [test.correct for test in tests if test.correct is not None]
+    if len(counts) < len(tests):
+        return "-"
+    share, rows = statistics.mean(counts) / tests[0].rows, tests[0].rows
+    # Seeds share their test rows, so they do not make the sample larger.
+    low, high = wilson(share, rows)
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _perplexity(tests: list[Found]) -> str:
+    values = [test.perplexity for test in tests if test.perplexity is not None]
+    return f"{statistics.mean(values):.2f}" if values else "-"
+
+
+def _speed(runs: list[Run]) -> str:
+    seconds = sum(run.seconds for run in runs)
+    return f"{sum(run.tokens for run in runs) / seconds:.0f}" if seconds else "-"
+
+
+def _wire(run: Run) -> str:
+    return "-" if run.wire is None else f"{run.wire * BYTES_PER_VALUE / 1024:.1f}"
+
+
+def _rows(found: list[Found]) -> str:
+    return str(found[0].rows) if found else "0"
+
+
+def _place(run: Run) -> tuple[str, str, int, int, int]:
+    """Return what must be equal for two runs to share a table."""
+    spec = run.spec
+    return spec.model, spec.task, spec.words, spec.test_words, spec.test_rows
+
+
+def _comparisons(record: Record) -> list[str]:
+    tables = []
+    compared = [run for run in record if run.spec.stage == "compare" and run.test is not None]
+    for place in sorted({_place(run) for run in compared}):
+        runs = [run for run in compared if _place(run) == place]
+        lines: list[str] = []
+        notes: list[str] = []
+        tested = [run.test for run in runs if run.test is not None]
+        majority = next((r.test for r in runs if r.spec.method == "majority" and r.test), None)
+        for group in _by_setting(runs):
+            picked = chosen(group)
+            tests = [run.test for run in picked if run.test is not None]
+            if not tests:
+                continue
+            spec, tuned = picked[0].spec, bool(picked[0].spec.steps)
+            tried = len({run.spec.lr for run in group})
+            done = f"{spec.steps} x {spec.batch} | {spec.lr:g} of {tried} | {len(tests)}"
+            run = done if tuned else "- | - | -"
+            lines.append(
+                f"| {_method(spec)} | {picked[0].trained / 1000:.0f} k | {run} | {_nats(tests)} "
+                f"| {_perplexity(tests)} | {_accuracy(tests)} | {_speed(picked)} | {_wire(picked[0])} |"
+            )
+            if spec.method == "lora" and majority and majority.correct is not None:
+                share = statistics.mean(t.correct or 0 for t in tests) / tests[0].rows
+                if wilson(share, tests[0].rows)[0] <= majority.correct / majority.rows:
+                    notes.append(
+                        f"LoRA at {spec.steps} x {spec.batch} does not beat the majority class beyond its "
+                        "interval: accuracy on this task says little at this model size."
+                    )
+        tables.append(
+            f"**{place[1]}**, {place[0]}, texts of at most {place[2]} words ({place[3]} in test), "
+            f"{_rows(tested)} test rows\n\n"
+            "| method | trained | steps x batch | learning rate | seeds | nats per answer | perplexity "
+            "| accuracy, % [95 %] | tokens/s | wire, KiB/token |\n"
+            "|---|---|---|---|---|---|---|---|---|---|\n" + "\n".join([*lines, *[f"\n{n}" for n in notes]])
+        )
+    return tables
+
+
+def _sweeps(record: Record) -> list[str]:
+    tables = []
+    swept = [run for run in record if run.spec.stage == "sweep"]
+    for task in sorted({run.spec.task for run in swept}):
+        runs = [run for run in swept if run.spec.task == task]
+        runs.sort(key=lambda run: (-run.spec.steps, run.score))
+        lines = [
+            f"| {r.spec.steps} x {r.spec.batch} | {r.spec.layout.replace('_', ' ')} | {r.spec.initialiser} "
+            f"| {r.spec.rank} | {r.spec.lr:g} | {r.score:.4f} | {_wire(r)} | {r.trained / 1000:.0f} k |"
+            for r in runs
+        ]
+        judged = _rows([run.validation for run in runs if run.validation])
+        tables.append(
+            f"**Sweep on {task}**, judged on {judged} validation rows\n\n"
+            "| steps x batch | layout | initialiser | r | learning rate | nats per answer | wire, KiB/token "
+            "| trained |\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
+        )
+    return tables
+
+
+def plot(record: Record, path: Path) -> None:
+    """Draw held-out likelihood against bytes on the wire, a panel for each round of the sweep."""
+    import matplotlib  # an extra: only this function needs it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [r for r in record if r.spec.stage == "sweep" and r.wire is not None and r.score < 100]
+    rounds = sorted({(r.spec.task, r.spec.steps) for r in runs})
+    if not rounds:
+        raise SystemExit("the record holds no sweep yet")
+    figure, axes = plt.subplots(1, len(rounds), figsize=(4 * len(rounds), 4), squeeze=False, sharex=True)
+    colours = {"gaussian": "tab:blue", "orthonormal": "tab:orange", "svd": "tab:green"}
+    for axis, (task, steps) in zip(axes[0], rounds, strict=True):
+        for run in (r for r in runs if (r.spec.task, r.spec.steps) == (task, steps)):
+            assert run.wire is not None
+            axis.plot(
+                run.wire * BYTES_PER_VALUE / 1024, run.score, "o" if run.spec.layout == "fused" else "^",
+                color=colours.get(run.spec.initialiser, "black"), alpha=0.7,
+            )  # fmt: skip
+        axis.set(xscale="log", xlabel="KiB per token on the wire (16 bit)", title=f"{task}, {steps} steps")
+    axes[0][0].set_ylabel("held-out nats per answer")
+    for name, colour in colours.items():
+        axes[0][-1].plot([], [], "s", color=colour, label=name)
+    axes[0][-1].plot([], [], "k^", label="per projection")
+    axes[0][-1].plot([], [], "ko", label="fused")
+    axes[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
