@@ -38,7 +38,7 @@ def serve(
         str | None, typer.Option(help="HOST:PORT to listen on; port 0 picks a free one.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16: what to compute in.")
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64: what to compute in.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps: what to compute on.")] = None,
     kv_bytes: Annotated[

@@ -44,6 +44,42 @@ class EngineConfig(BaseModel):
     )
 
 
+class TuningConfig(BaseModel):
+    """Bounds on tuning, which shares the engine with decoding and comes after it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_streams: int = Field(
+        default=8, ge=0, description="Most edges that tune at a time (count); 0 switches tuning off"
+    )
+    max_bytes: int = Field(
+        default=4 << 30, ge=1, description="Memory of all tuning batches under way together (bytes)"
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="Run layers again on the way back instead of keeping what they computed: a tenth of the "
+        "memory, a third less speed",
+    )
+    piece_tokens: int = Field(
+        default=256,
+        ge=1,
+        description="Most that runs at once, whole sequences: more is faster, less delays decoding less "
+        "(tokens). Gradients depend on it in their last bits",
+    )
+    min_share: float = Field(
+        default=0.1, gt=0, le=1, description="Share of the time that tuning gets, whoever decodes (no unit)"
+    )
+    spare_share: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="Share of the time that it may get while all decodes wait for their edges (no unit)",
+    )
+    idle_timeout_s: float = Field(
+        default=600.0, gt=0, description="An edge that is waited for this long is cut off (seconds)"
+    )
+
+
 class PlanConfig(BaseModel):
     """A plan that the cloud offers; A and B are made for it on first use."""
 
@@ -74,7 +110,7 @@ class CloudConfig(BaseSettings):
     listen: str = Field(
         default="127.0.0.1:50051", description="Address to listen on (HOST:PORT; port 0 is any)"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         default="float32", description="Element type the backbone computes in"
     )
     device: str = Field(default="cpu", description="Torch device of the backbone (cpu, cuda, cuda:N, mps)")
@@ -104,6 +140,7 @@ class CloudConfig(BaseSettings):
     cache_dir: Path | None = Field(default=None, description="Folder for models and A/B files")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Log detail")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="Batching and slicing")
+    tuning: TuningConfig = Field(default_factory=TuningConfig, description="Bounds on tuning")
 
     @classmethod
     def settings_customise_sources(

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,19 @@ from cloud_server.kv_cache import KvCache, Row
 from cloud_server.step import Step
 
 log = logging.getLogger(__name__)
+
+
+class Background(Protocol):
+    """Work that comes after all steps; see `cloud_server.tune_queue.TuneQueue`."""
+
+    def ready(self) -> bool:
+        """Whether there is any."""
+
+    def due_in(self, now: float, *, spare: bool) -> float:
+        """Return in how many seconds it is due; ``spare``: whether nobody would be kept waiting."""
+
+    async def run_one(self, executor: Executor) -> None:
+        """Run a slice of it."""
 
 
 class Engine:
@@ -40,6 +54,7 @@ class Engine:
         self.steps: set[Step] = set()  # in flight
         self.ready: deque[Step] = deque()
         self.batches = BatchStatistics()
+        self.background: Background | None = None
         self._cost = 50e-6  # seconds per token and layer, learned; decides slices and threads
         self._short_batch_s = 0.0  # how long a batch of short steps takes, learned; decides waiting
         self._pass_s = 0.0  # how long a short step takes from its arrival to its end, learned
@@ -66,10 +81,21 @@ class Engine:
         if step in self.ready:
             self.ready.remove(step)
 
+    def wake(self) -> None:
+        """Say that there is something to do."""
+        self._wake.set()
+
     async def serve(self) -> None:
         """Run until cancelled."""
         while True:
             slices, patience = self.gather()
+            if self.background is not None and self.background.ready():
+                busy = bool(slices) or patience is not None
+                due = self.background.due_in(time.monotonic(), spare=not busy)
+                if due <= 0 or not (busy or self._is_decoding()):
+                    await self.background.run_one(self._torch_thread)
+                    continue
+                patience = min(due, patience or due)
             if not slices:
                 self._wake.clear()
                 await _wait(self._wake, patience)
@@ -128,6 +154,13 @@ class Engine:
             for step in self.steps
         )
         return min(self.config.gather_wait_s, self._short_batch_s) if awaited else 0.0
+
+    def _is_decoding(self) -> bool:
+        """Whether a short step is in flight or has just ended: then the next one comes any moment."""
+        recent = time.monotonic() - self.config.fairness_s
+        return any(step.longest <= self.config.short_step_tokens for step in self.steps) or any(
+            since > recent for since in self._resting.values()
+        )
 
     def _slices(self, group: list[Step]) -> list[Slice]:
         """Return as much of long steps at one layer as may run at once."""

@@ -109,12 +109,23 @@ class Layer:
             mlp.gate_proj = Stacked([mlp.gate_proj, mlp.up_proj], hand)
             mlp.up_proj = Handed(hand, 1)
         self.lean = LeanLayer(module, sum(self.base_product.widths), self._asked()) if lean else None
+        self._addresses: set[int] | None = None
 
     def base(self, x: Tensor) -> Tensor:
         """Return the base q|k|v products of ``x (tokens, hidden_size)``: ``(tokens, q_dim + 2 kv_dim)``."""
         weight, bias = self.base_product.weight, self.base_product.bias
         qkv = product(x, weight).contiguous()
         return qkv if bias is None else qkv + bias
+
+    def owns(self, address: int) -> bool:
+        """Whether this is the address of one of the layer's weights, as it runs them."""
+        if self._addresses is None:
+            modules: list[Any] = list(self.module.modules())
+            if self.lean is not None and self.lean.head_norm is not None:
+                modules.append(self.lean.head_norm.__self__)  # type: ignore[attr-defined]
+            tensors = [t for m in modules for t in (*vars(m).values(), *m.parameters(), *m.buffers())]
+            self._addresses = {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
+        return address in self._addresses
 
     def base_gradient(self, gradient: Tensor) -> Tensor:
         """Return dL/dx ``(tokens, hidden_size)`` of the base products for dL/dqkv."""

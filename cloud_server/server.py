@@ -14,8 +14,9 @@ from grpc_reflection.v1alpha import reflection
 from cloud_server.backbone import Backbone
 from cloud_server.config import CloudConfig, PlanConfig
 from cloud_server.engine import Engine
+from cloud_server.handshake import Offer
 from cloud_server.kv_cache import KvCache
-from cloud_server.service import SERVICE_NAME, Offer, Service
+from cloud_server.service import SERVICE_NAME, Service
 from cloud_server.session import Limits
 from shared import edge_parts, fingerprint, lowrank, models
 from shared.checkpoint import Checkpoint

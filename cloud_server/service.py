@@ -11,47 +11,24 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeVar, cast
+from typing import cast
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 
 from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
+from cloud_server.handshake import Offer, agreed, fingerprint_message
 from cloud_server.session import Limits, Refusal, Session, invalid
+from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, parse
+from cloud_server.tune_service import TuneService
 from shared import PROTOCOL_VERSION, __version__, wire
 from shared.edge_parts import EdgePart
-from shared.fingerprint import Fingerprint
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
-from shared.plan import Plan
 
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = "privatelora.v1.PrivateLoraService"
-FRAME_BYTES = 5  # gRPC's own header on each message
 PART_PIECE_BYTES = 1 << 20
-# gRPC ends the requests of a broken stream like those of a closed one, and cancels the handler just after.
-BROKEN_NOTICE_S = 0.01
-Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
-M = TypeVar("M", bound=Message)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A plan that is served, with the fingerprint of everything it stands on."""
-
-    plan: Plan
-    fingerprint: Fingerprint
-
-
-@dataclass
-class Traffic:
-    """Messages and bytes since the start, framing included."""
-
-    messages_in: int = 0
-    messages_out: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
 
 
 @dataclass(eq=False)
@@ -66,6 +43,10 @@ class Service:
     sessions: dict[bytes, Session] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
 
+    def __post_init__(self) -> None:
+        """Let edges tune on the same engine."""
+        self.tuning = TuneService(self.config, self.engine, self.offers, self.traffic)
+
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return handlers that exchange raw bytes."""
         return grpc.method_handlers_generic_handler(
@@ -74,15 +55,16 @@ class Service:
                 "Describe": grpc.unary_unary_rpc_method_handler(self.describe),
                 "FetchEdgeParts": grpc.unary_stream_rpc_method_handler(self.fetch_edge_parts),
                 "Decode": grpc.stream_stream_rpc_method_handler(self.decode),
+                "Tune": grpc.stream_stream_rpc_method_handler(self.tuning.tune),
             },
         )
 
     async def describe(self, raw: bytes, context: Context) -> bytes:
         """State what this cloud serves."""
         try:
-            _parse(pb.DescribeRequest, raw)
+            parse(pb.DescribeRequest, raw)
         except Refusal as refusal:
-            await _abort(context, refusal)
+            await abort(context, refusal)
         response = pb.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
             server_version=__version__,
@@ -112,14 +94,14 @@ class Service:
     async def fetch_edge_parts(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
         """Stream one public file from an offset."""
         try:
-            request = _parse(pb.FetchEdgePartsRequest, raw)
+            request = parse(pb.FetchEdgePartsRequest, raw)
             if request.part_index >= len(self.edge_parts):
                 raise invalid(f"part {request.part_index} does not exist; there are {len(self.edge_parts)}")
             part = self.edge_parts[request.part_index]
             if request.offset_bytes > part.size:
                 raise invalid(f"offset {request.offset_bytes} is beyond the {part.size} bytes of {part.name}")
         except Refusal as refusal:
-            await _abort(context, refusal)
+            await abort(context, refusal)
         offset = request.offset_bytes
         while offset < part.size:
             piece = await asyncio.to_thread(_read_piece, part.path, offset)
@@ -145,6 +127,7 @@ class Service:
         try:
             session = self._open(await self._first(context))
             session.cut_off = cut_off
+            await begin(context)
             writer = asyncio.create_task(self._write(session, context))
             writer.add_done_callback(lambda done: done.cancelled() or handler.cancel())
             while not finished:
@@ -167,7 +150,7 @@ class Service:
                     raise invalid("an empty message: expected a step or residual codes")
         except Refusal as refusal:
             log.info("session refused: %s: %s", refusal.code.name, refusal.message)
-            await _abort(context, refusal)
+            await abort(context, refusal)
         except asyncio.CancelledError:
             if farewell is None or session is None:
                 raise
@@ -197,29 +180,7 @@ class Service:
         if message is None or not message.HasField("open"):
             raise invalid("the first message must be open: protocol version, fingerprint and wire dtype")
         request = message.open
-        if request.protocol_version != PROTOCOL_VERSION:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"protocol version {request.protocol_version} is not spoken here, {PROTOCOL_VERSION} is; "
-                "update the older side",
-            )
-        offer = self.offers.get(request.fingerprint.plan)
-        if offer is None:
-            raise Refusal(
-                grpc.StatusCode.NOT_FOUND,
-                f"no such plan here (plan digest {request.fingerprint.plan[:8].hex() or 'missing'}); "
-                f"offered: {', '.join(o.plan.name for o in self.offers.values())}",
-            )
-        theirs = fingerprint_of(request.fingerprint)
-        parts = offer.fingerprint.differs_from(theirs)
-        if parts:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"fingerprint mismatch in {' and '.join(parts)}: your adapter or edge parts were made "
-                "for another model; use an adapter made for this cloud, or a cloud that serves yours",
-            )
-        if request.wire_dtype not in wire.TORCH_DTYPES:
-            raise invalid(f"wire dtype must be one of {', '.join(wire.DTYPE_NAMES)}")
+        offer = agreed(self.offers, request)
         if request.session_id:
             session = self.sessions.get(request.session_id)
             if session is None or session.dropped_at is None or session.plan != offer.plan:
@@ -254,7 +215,7 @@ class Service:
         log.info("session refused: %s", farewell)
         refusal = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, farewell)
         with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
-            await asyncio.wait_for(_abort(context, refusal), self.config.write_timeout_s)
+            await asyncio.wait_for(abort(context, refusal), self.config.write_timeout_s)
 
     def _leave(self, session: Session, finished: bool) -> None:
         """Free at an orderly end; a broken stream may come back within the grace period."""
@@ -282,9 +243,8 @@ class Service:
         raw = await context.read()
         if not isinstance(raw, bytes):  # grpc.aio.EOF
             return None
-        self.traffic.messages_in += 1
-        self.traffic.bytes_in += len(raw) + FRAME_BYTES
-        return _parse(pb.DecodeRequest, raw)
+        self.traffic.received(raw)
+        return parse(pb.DecodeRequest, raw)
 
     async def _write(self, session: Session, context: Context) -> None:
         """Send what the session has to say; an edge that does not read is cut off."""
@@ -296,24 +256,7 @@ class Service:
             )
             await context.write(raw)
             timer.cancel()
-            self.traffic.messages_out += 1
-            self.traffic.bytes_out += len(raw) + FRAME_BYTES
-
-
-def fingerprint_message(fingerprint: Fingerprint) -> pb.Fingerprint:
-    """Return a fingerprint as a message."""
-    return pb.Fingerprint(
-        root=fingerprint.root,
-        plan=fingerprint.plan,
-        lowrank=fingerprint.lowrank,
-        layers=fingerprint.layers,
-        edge=fingerprint.edge,
-    )
-
-
-def fingerprint_of(message: pb.Fingerprint) -> Fingerprint:
-    """Return a message's fingerprint."""
-    return Fingerprint(plan=message.plan, lowrank=message.lowrank, layers=message.layers, edge=message.edge)
+            self.traffic.sent(raw)
 
 
 def _read_piece(path: Path | None, offset: int) -> bytes:
@@ -321,17 +264,3 @@ def _read_piece(path: Path | None, offset: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(PART_PIECE_BYTES)
-
-
-def _parse(kind: type[M], raw: bytes) -> M:
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise invalid(f"{len(raw)} bytes that are not a {kind.DESCRIPTOR.name}") from None
-
-
-async def _abort(context: Context, refusal: Refusal) -> None:
-    trailers = []
-    if refusal.retry_after_s is not None:
-        trailers.append(("retry-after-ms", str(int(refusal.retry_after_s * 1000))))
-    await context.abort(refusal.code, refusal.message, trailing_metadata=tuple(trailers))

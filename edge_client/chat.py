@@ -4,8 +4,8 @@ A turn's prompt begins like the one before it, so the cloud computes only what i
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
+from edge_client.adapters import resolve_adapter
 from edge_client.answer import Answer, answer
 from edge_client.cloud_cache import ContextLengthError
 from edge_client.config import EdgeConfig
@@ -15,7 +15,7 @@ HELP = """\
 /help          this list
 /reset         begin a new conversation
 /drop [N]      forget the N oldest turns (1 if not given)
-/adapter FILE  use other personal weights; /adapter none is the base model
+/adapter NAME  use other personal weights, by name or file; /adapter none is the base model
 /quit          end (so does Ctrl-D); Ctrl-C stops an answer
 """
 
@@ -119,8 +119,9 @@ class Chat:
             count = self.drop(int(argument or 1))
             self._say(f"{count} turns forgotten, {self.turns} left")
         elif name == "/adapter" and argument:
-            self.model.set_adapter(None if argument == "none" else Path(argument).expanduser())
-            self._say(f"now with {'the base model' if argument == 'none' else self.model.adapter.name}")
+            chosen = resolve_adapter(argument)
+            self.model.set_adapter(chosen)
+            self._say(f"now with {self.model.adapter.name if chosen else 'the base model'}")
         else:
             self._say(f"no such command: {line[:40]} (/help lists them)")
         return True

@@ -15,6 +15,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edge_client.adapter_cli import app as adapter_app
+from edge_client.flags import (
+    AcceptNew,
+    AdapterName,
+    AsJson,
+    CacheDir,
+    Cloud,
+    ConfigFile,
+    Debug,
+    Device,
+    DraftTokens,
+    Dtype,
+    FingerprintHex,
+    MaxNewTokens,
+    PlanName,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    WireDtype,
+    one_line_errors,
+)
+from edge_client.tune_cli import tune
+
 if TYPE_CHECKING:
     from edge_client.config import EdgeConfig
     from edge_client.model import PrivateLoraForCausalLM
@@ -26,51 +50,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Cloud = Annotated[
-    str | None, typer.Option("--cloud", metavar="HOST:PORT", help="Where `privatelora-cloud serve` listens.")
-]
-AdapterFile = Annotated[
-    Path | None,
-    typer.Option("--adapter", metavar="FILE", help="Your personal weights; without, the base model."),
-]
-PlanName = Annotated[
-    str | None, typer.Option("--plan", metavar="NAME", help="Split to use; `info` lists them.")
-]
-WireDtype = Annotated[
-    str | None, typer.Option("--wire-dtype", help="float32, bfloat16 or float16: what numbers travel as.")
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="What this side computes in; as the cloud by default.")
-]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps: where this side computes.")]
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest answer (tokens); 256 by default.")
-]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="0: always the likeliest token; higher: more varied.")
-]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens up to this sum.")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
-DraftTokens = Annotated[
-    int | None,
-    typer.Option("--draft-tokens", metavar="N", help="Guess N tokens from the prompt a round trip."),
-]
-System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message to begin with.")]
-FingerprintHex = Annotated[
-    str | None,
-    typer.Option("--fingerprint", metavar="HEX", help="The model's fingerprint, from a trusted source."),
-]
-AcceptNew = Annotated[
-    bool | None,
-    typer.Option("--accept-new-fingerprint", help="Trust a cloud whose model has changed, and remember it."),
-]
-CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for fetched parts.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+# Imports torch only when a command needs it.
+app.add_typer(adapter_app, name="adapter")
+app.command()(tune)
 
 
 @app.callback()
@@ -85,7 +67,7 @@ def generate(
         str | None,
         typer.Option("--prompt", metavar="TEXT", help="What to ask; read from stdin if not given."),
     ] = None,
-    adapter: AdapterFile = None,
+    adapter: AdapterName = None,
     plan: PlanName = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -110,7 +92,7 @@ def generate(
 ) -> None:
     """Answer one prompt. The answer is streamed; a line of figures ends it."""
     flags = _flags(locals())
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         settings = _settings(config, flags)
         text = prompt if prompt is not None else _stdin()
         with _model(settings) as model:
@@ -130,7 +112,7 @@ def generate(
 @app.command()
 def chat(
     cloud: Cloud = None,
-    adapter: AdapterFile = None,
+    adapter: AdapterName = None,
     plan: PlanName = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -149,7 +131,7 @@ def chat(
 ) -> None:
     """Hold a conversation. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the chat."""
     flags = _flags(locals())
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         settings = _settings(config, flags)
         with _model(settings) as model:
             from edge_client.chat import Chat
@@ -180,7 +162,7 @@ def info(
 ) -> None:
     """Show what a cloud offers: plans, fingerprints, limits, memory, versions. Sends nothing private."""
     flags = _flags(locals())
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         settings = _settings(config, flags)
         from edge_client.info import describe, show
 
@@ -196,24 +178,6 @@ def _flags(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in others}
 
 
-@contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn every expected error into one line and an exit code: 2 for settings, 130 for Ctrl-C, else 1."""
-    try:
-        yield
-    except typer.Exit:  # a RuntimeError, but no error
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        if debug:
-            raise
-        from edge_client.config import SettingsError
-
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
 def _settings(file: Path | None, flags: dict[str, Any]) -> "EdgeConfig":
     from edge_client.config import load_config
 
@@ -225,25 +189,36 @@ def _model(settings: "EdgeConfig") -> Iterator["PrivateLoraForCausalLM"]:
     import torch
     import transformers
 
+    from edge_client.adapters import resolve_adapter
     from edge_client.connection import Timeouts
     from edge_client.model import PrivateLoraForCausalLM
+    from shared.adapter import AdapterError
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with PrivateLoraForCausalLM.from_cloud(
-        settings.cloud,
-        settings.adapter,
-        settings.plan,
-        settings.wire_dtype,
-        settings.device,
-        settings.dtype,
-        fingerprint=settings.fingerprint,
-        accept_new_fingerprint=settings.accept_new_fingerprint,
-        cache_dir=settings.cache_dir,
-        timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
-        progress=True,
-    ) as model:
+    adapter = resolve_adapter(settings.adapter)
+    try:
+        model = PrivateLoraForCausalLM.from_cloud(
+            settings.cloud,
+            adapter,
+            settings.plan,
+            settings.wire_dtype,
+            settings.device,
+            settings.dtype,
+            fingerprint=settings.fingerprint,
+            accept_new_fingerprint=settings.accept_new_fingerprint,
+            cache_dir=settings.cache_dir,
+            timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
+            progress=True,
+        )
+    except AdapterError as error:
+        if settings.adapter is not None or adapter is None:
+            raise
+        raise AdapterError(
+            f"{error}; this adapter is the one in use: --adapter NAME takes another, none the base model"
+        ) from None
+    with model:
         yield model
 
 

@@ -13,6 +13,7 @@ from pydantic_settings import (
 )
 
 from edge_client.trust import config_folder
+from edge_client.tuning.config import TuneConfig
 
 ENV_PREFIX = "PRIVATELORA_EDGE_"
 WireDtype = Literal["float32", "bfloat16", "float16"]
@@ -72,6 +73,8 @@ class EdgeConfig(BaseSettings):
     step_timeout_s: float = Field(default=120.0, gt=0, description="Longest wait for one step (seconds)")
     cache_dir: Path | None = Field(default=None, description="Folder for fetched parts")
     threads: int | None = Field(default=None, ge=1, description="Torch threads (count); all cores if absent")
+
+    tune: TuneConfig = Field(default_factory=TuneConfig, description="How to tune; each has its own unit")
 
     @classmethod
     def settings_customise_sources(

@@ -18,8 +18,10 @@ from google.protobuf.message import DecodeError
 
 from edge_client.personal import PersonalWeights
 from edge_client.session import Session
+from edge_client.tuning.stream import TuneStream
 from shared import PROTOCOL_VERSION
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
 
 SERVICE = "/privatelora.v1.PrivateLoraService/"
 T = TypeVar("T")
@@ -32,6 +34,7 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.bdp_probe", 0),  # its pings delay exchanges; a fixed window does instead
     ("grpc.http2.lookahead_bytes", 2 << 20),  # more than 100 Mbit/s x 80 ms has under way
+    ("grpc.max_reconnect_backoff_ms", 5_000),  # a cloud that restarts is found again soon
 )
 
 
@@ -65,7 +68,7 @@ class Connection:
             target=self._loop.run_forever, name="privatelora-connection", daemon=True
         )
         self._thread.start()
-        self._sessions: set[Session] = set()
+        self._sessions: set[Session | TuneStream] = set()
         self._closed = False
         self._channel: grpc.aio.Channel = self._wait(self._open_channel())
         # What the connection's thread computes is too small to share out: waking a second thread costs
@@ -142,6 +145,40 @@ class Connection:
             await session.open(request)
             self._sessions.add(session)
             return session
+
+        return self._wait(start(), self.timeouts.connect_s + self.timeouts.step_s)
+
+    def open_tuning(
+        self, plan: Plan, fingerprint: pb.Fingerprint, wire_dtype: "pb.Dtype.ValueType"
+    ) -> TuneStream:
+        """Open a stream to tune personal weights on.
+
+        Parameters
+        ----------
+        plan
+            The split, one that ``fingerprint`` covers.
+        fingerprint
+            What this edge stands on; the cloud refuses if it differs.
+        wire_dtype
+            Element type of every tensor, both ways; any but float16, in which gradients underflow.
+
+        Raises
+        ------
+        SessionError
+            With the cloud's status and message, if it refuses.
+        """
+        request = pb.TuneOpen(
+            protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint, wire_dtype=wire_dtype
+        )
+
+        async def start() -> TuneStream:
+            call = self._channel.stream_stream(SERVICE + "Tune", as_bytes, as_bytes)(wait_for_ready=True)
+            stream = TuneStream(
+                call, self._loop, plan, wire_dtype, self.timeouts.step_s, self._sessions.discard
+            )
+            await stream.open(request, self.timeouts.connect_s)
+            self._sessions.add(stream)
+            return stream
 
         return self._wait(start(), self.timeouts.connect_s + self.timeouts.step_s)
 

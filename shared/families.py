@@ -35,11 +35,14 @@ class Geometry:
     """Sizes of a decoder, all in elements or counts.
 
     ``windows[layer]`` is the sliding window of a layer in positions, None for full attention.
+    ``has_head_norms``: queries and keys are normed head by head; ``has_sandwich_norms``: a layer norms what
+    it adds as well; ``has_attention_cap``: its attention bounds the logits.
     """
 
     model_type: str
     num_layers: int
     hidden_size: int
+    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -47,6 +50,9 @@ class Geometry:
     max_positions: int
     tied_head: bool
     windows: tuple[int | None, ...]
+    has_head_norms: bool
+    has_sandwich_norms: bool
+    has_attention_cap: bool
 
     @property
     def q_dim(self) -> int:
@@ -132,6 +138,7 @@ def geometry(config: PreTrainedConfig) -> Geometry:
         model_type=config.model_type,
         num_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
+        intermediate_size=int(config.intermediate_size),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
@@ -139,4 +146,7 @@ def geometry(config: PreTrainedConfig) -> Geometry:
         max_positions=int(config.max_position_embeddings),
         tied_head=bool(config.tie_word_embeddings),
         windows=tuple(int(window) if kind == "sliding_attention" and window else None for kind in types),
+        has_head_norms=config.model_type in ("qwen3", "gemma3_text"),
+        has_sandwich_norms=config.model_type.startswith("gemma"),
+        has_attention_cap=getattr(config, "attn_logit_softcapping", None) is not None,
     )

@@ -23,17 +23,20 @@ TORCH_DTYPES = {
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_FLOAT16: torch.float16,
     pb.DTYPE_BFLOAT16: torch.bfloat16,
+    pb.DTYPE_FLOAT64: torch.float64,
 }
 WIRE_DTYPES = {dtype: number for number, dtype in TORCH_DTYPES.items()}
 _NUMPY: dict[int, type[np.generic]] = {
     pb.DTYPE_FLOAT32: np.float32,
     pb.DTYPE_FLOAT16: np.float16,
     pb.DTYPE_BFLOAT16: np.uint16,  # numpy has no bfloat16; the bits are what matters
+    pb.DTYPE_FLOAT64: np.float64,
 }
 DTYPE_NAMES = {
     "float32": pb.DTYPE_FLOAT32,
     "float16": pb.DTYPE_FLOAT16,
     "bfloat16": pb.DTYPE_BFLOAT16,
+    "float64": pb.DTYPE_FLOAT64,
 }
 
 

@@ -1,4 +1,4 @@
-"""No message that the edge sends has a field for text, token ids or M: every field has to say what it is for.
+"""No message that the edge sends has a field for text, tokens, labels or M: each has to say what it is for.
 
 The test walks the compiled descriptors of everything reachable from a request. A field that is added
 to any of those messages fails it until someone writes down, here, why it can carry none of the three.
@@ -10,8 +10,8 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PrivateLoraService"]
 
-# Field -> why it carries neither text, nor token ids, nor M. Scalars are listed too: one integer a
-# step would be enough to send a token id.
+# Field -> why it carries neither text, nor token ids, nor labels, nor M or its gradient. Scalars are listed
+# too: one integer a step would be enough to send a token id.
 ALLOWED = {
     "DescribeRequest.protocol_version": "a constant of the program",
     "FetchEdgePartsRequest.part_index": "place of a public file in the cloud's own list",
@@ -41,11 +41,27 @@ ALLOWED = {
     "LayerCodes.codes": "message: xAM, an activation",
     "ResidualCodes.step": "the counter of the step that it belongs to",
     "ResidualCodes.residual_codes": "message: xAM, an activation",
+    "TuneRequest.open": "message",
+    "TuneRequest.batch": "message",
+    "TuneRequest.hidden": "message: h0, an activation",
+    "TuneRequest.residual_codes": "message: xAM, an activation",
+    "TuneRequest.hidden_gradient": "message: dL/dhL, the gradient of an activation",
+    "TuneRequest.codes_gradient": "message: dL/dc, the gradient of an activation",
+    "TuneOpen.protocol_version": "a constant of the program",
+    "TuneOpen.fingerprint": "message",
+    "TuneOpen.wire_dtype": "enum",
+    "Batch.batch": "a counter that has to increase",
+    "Batch.lengths": "tokens of each sequence, whose sum is that of the tensors' rows",
+    "Batch.forward_only": "whether gradients follow",
+    "Rows.batch": "the counter of the batch that they belong to",
+    "Rows.layer": "layer index that the plan adapts or exchanges at",
+    "Rows.first": "index of a row, checked to continue the rows before",
+    "Rows.rows": "message: an activation or its gradient, as the field of TuneRequest says",
     "Tensor.dtype": "enum",
     "Tensor.shape": "sizes, refused unless they are (positions, width fixed by the plan)",
     "Tensor.data": "activations of the length that the shape says; only in the fields named above",
 }
-TENSOR_FIELDS = {"Step.hidden", "LayerCodes.codes"}
+TENSOR_FIELDS = {"Step.hidden", "LayerCodes.codes", "Rows.rows"}
 FORBIDDEN_TYPES = {FieldDescriptor.TYPE_STRING: "a string", FieldDescriptor.TYPE_GROUP: "a group"}
 
 
@@ -100,6 +116,15 @@ def test_tensors_are_sent_only_as_activations() -> None:
         if field.message_type is not None and field.message_type.name == "Tensor"
     }
     assert tensors == TENSOR_FIELDS
+
+
+def test_tuning_rows_are_activations_and_their_gradients() -> None:
+    rows = {
+        field.name
+        for field in pb.TuneRequest.DESCRIPTOR.fields
+        if field.message_type is pb.Rows.DESCRIPTOR  # one message each, so that none can pass for another
+    }
+    assert rows == {"hidden", "residual_codes", "hidden_gradient", "codes_gradient"}
 
 
 def test_no_field_number_is_open_to_extension() -> None:

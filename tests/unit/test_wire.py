@@ -36,6 +36,7 @@ def test_the_bytes_are_little_endian_rows(dtype: int) -> None:
         pb.DTYPE_FLOAT32: np.array([1, -2, 0.5, 3], "<f4").tobytes(),
         pb.DTYPE_FLOAT16: np.array([1, -2, 0.5, 3], "<f2").tobytes(),
         pb.DTYPE_BFLOAT16: bytes.fromhex("803f00c0003f4040"),
+        pb.DTYPE_FLOAT64: np.array([1, -2, 0.5, 3], "<f8").tobytes(),
     }
     assert message.data == expected[dtype]
 

@@ -3,9 +3,10 @@
 isort:skip_file
 The contract between an edge client and a cloud server.
 
-Everything the two say to each other while decoding is one of: hidden
-states, codes (xA, cloud to edge) and residual codes (xAM, edge to cloud).
-No message has a field for token ids, text, or the personal matrices M.
+Everything the two say to each other is one of: hidden states, codes (xA,
+cloud to edge), residual codes (xAM, edge to cloud) and, while tuning, the
+gradients of these. No message has a field for token ids, labels, text, or
+the personal matrices M and their gradients.
 """
 
 from collections import abc as _abc
@@ -34,6 +35,8 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     DTYPE_FLOAT32: _Dtype.ValueType  # 1
     DTYPE_FLOAT16: _Dtype.ValueType  # 2
     DTYPE_BFLOAT16: _Dtype.ValueType  # 3
+    DTYPE_FLOAT64: _Dtype.ValueType  # 4
+    """For tests, and for clouds that compute in it."""
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Dtype names the element type of a tensor's bytes."""
@@ -42,6 +45,8 @@ DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
 DTYPE_FLOAT32: Dtype.ValueType  # 1
 DTYPE_FLOAT16: Dtype.ValueType  # 2
 DTYPE_BFLOAT16: Dtype.ValueType  # 3
+DTYPE_FLOAT64: Dtype.ValueType  # 4
+"""For tests, and for clouds that compute in it."""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 @_typing.final
@@ -632,3 +637,255 @@ class Hidden(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hidden: _TypeAlias = Hidden  # noqa: Y015
+
+@_typing.final
+class TuneRequest(_message.Message):
+    """TuneRequest is what an edge says on a Tune stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    RESIDUAL_CODES_FIELD_NUMBER: _builtins.int
+    HIDDEN_GRADIENT_FIELD_NUMBER: _builtins.int
+    CODES_GRADIENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def open(self) -> Global___TuneOpen:
+        """The first message, and only the first."""
+
+    @_builtins.property
+    def batch(self) -> Global___Batch: ...
+    @_builtins.property
+    def hidden(self) -> Global___Rows:
+        """h0 of a batch; the layer is not used."""
+
+    @_builtins.property
+    def residual_codes(self) -> Global___Rows:
+        """z of one adapted layer, in answer to its group's codes."""
+
+    @_builtins.property
+    def hidden_gradient(self) -> Global___Rows:
+        """dL/dhL; begins the way back. The layer is not used."""
+
+    @_builtins.property
+    def codes_gradient(self) -> Global___Rows:
+        """dL/dc of one exchanging layer, in answer to the gradients of all the
+        residual codes that its codes fed.
+        """
+
+    def __init__(
+        self,
+        *,
+        open: Global___TuneOpen | None = ...,
+        batch: Global___Batch | None = ...,
+        hidden: Global___Rows | None = ...,
+        residual_codes: Global___Rows | None = ...,
+        hidden_gradient: Global___Rows | None = ...,
+        codes_gradient: Global___Rows | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "codes_gradient", b"codes_gradient", "hidden", b"hidden", "hidden_gradient", b"hidden_gradient", "message", b"message", "open", b"open", "residual_codes", b"residual_codes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "codes_gradient", b"codes_gradient", "hidden", b"hidden", "hidden_gradient", b"hidden_gradient", "message", b"message", "open", b"open", "residual_codes", b"residual_codes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "batch", "hidden", "residual_codes", "hidden_gradient", "codes_gradient"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___TuneRequest: _TypeAlias = TuneRequest  # noqa: Y015
+
+@_typing.final
+class TuneOpen(_message.Message):
+    """TuneOpen starts a tuning run. Nothing is held for it after its stream, so
+    there is nothing to pick up again: a lost batch is sent again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    WIRE_DTYPE_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    wire_dtype: Global___Dtype.ValueType
+    """Element type of every tensor, both ways. Gradients underflow in float16."""
+    @_builtins.property
+    def fingerprint(self) -> Global___Fingerprint: ...
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        fingerprint: Global___Fingerprint | None = ...,
+        wire_dtype: Global___Dtype.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "protocol_version", b"protocol_version", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TuneOpen: _TypeAlias = TuneOpen  # noqa: Y015
+
+@_typing.final
+class Batch(_message.Message):
+    """Batch announces sequences that are laid end to end in every tensor of the
+    batch. One batch of a stream is under way at a time.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: _builtins.int
+    batch: _builtins.int
+    """Increasing within a stream."""
+    forward_only: _builtins.bool
+    """The edge wants hL only: no backward will follow, nothing is kept for it."""
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of each sequence."""
+
+    def __init__(
+        self,
+        *,
+        batch: _builtins.int = ...,
+        lengths: _abc.Iterable[_builtins.int] | None = ...,
+        forward_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "forward_only", b"forward_only", "lengths", b"lengths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Batch: _TypeAlias = Batch  # noqa: Y015
+
+@_typing.final
+class Rows(_message.Message):
+    """Rows are consecutive rows of one of a batch's tensors. A tensor that does
+    not fit a message comes as several, in order and without gaps.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    batch: _builtins.int
+    layer: _builtins.int
+    first: _builtins.int
+    """Index of the first row."""
+    @_builtins.property
+    def rows(self) -> Global___Tensor:
+        """(rows, width)"""
+
+    def __init__(
+        self,
+        *,
+        batch: _builtins.int = ...,
+        layer: _builtins.int = ...,
+        first: _builtins.int = ...,
+        rows: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "first", b"first", "layer", b"layer", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rows: _TypeAlias = Rows  # noqa: Y015
+
+@_typing.final
+class TuneResponse(_message.Message):
+    """TuneResponse is what the cloud says on a Tune stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPENED_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    RESIDUAL_CODES_GRADIENT_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def opened(self) -> Global___TuneOpened: ...
+    @_builtins.property
+    def codes(self) -> Global___Rows:
+        """xA of one exchanging layer."""
+
+    @_builtins.property
+    def hidden(self) -> Global___Rows:
+        """hL; the layer is not used."""
+
+    @_builtins.property
+    def residual_codes_gradient(self) -> Global___Rows:
+        """dL/dz of one adapted layer."""
+
+    @_builtins.property
+    def done(self) -> Global___BatchDone: ...
+    def __init__(
+        self,
+        *,
+        opened: Global___TuneOpened | None = ...,
+        codes: Global___Rows | None = ...,
+        hidden: Global___Rows | None = ...,
+        residual_codes_gradient: Global___Rows | None = ...,
+        done: Global___BatchDone | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "done", b"done", "hidden", b"hidden", "message", b"message", "opened", b"opened", "residual_codes_gradient", b"residual_codes_gradient"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "done", b"done", "hidden", b"hidden", "message", b"message", "opened", b"opened", "residual_codes_gradient", b"residual_codes_gradient"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "codes", "hidden", "residual_codes_gradient", "done"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___TuneResponse: _TypeAlias = TuneResponse  # noqa: Y015
+
+@_typing.final
+class TuneOpened(_message.Message):
+    """TuneOpened answers TuneOpen, with the bounds on a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    max_batch_tokens: _builtins.int
+    max_sequence_tokens: _builtins.int
+    checkpointing: _builtins.bool
+    """Whether layers are run again on the way back instead of kept."""
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: _builtins.int = ...,
+        max_sequence_tokens: _builtins.int = ...,
+        checkpointing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpointing", b"checkpointing", "max_batch_tokens", b"max_batch_tokens", "max_sequence_tokens", b"max_sequence_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TuneOpened: _TypeAlias = TuneOpened  # noqa: Y015
+
+@_typing.final
+class BatchDone(_message.Message):
+    """BatchDone says that nothing of the batch is left in the cloud."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    batch: _builtins.int
+    def __init__(
+        self,
+        *,
+        batch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchDone: _TypeAlias = BatchDone  # noqa: Y015

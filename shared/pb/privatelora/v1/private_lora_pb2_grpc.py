@@ -51,6 +51,11 @@ class PrivateLoraServiceStub:
                 request_serializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.Tune = channel.stream_stream(
+                '/privatelora.v1.PrivateLoraService/Tune',
+                request_serializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.TuneRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.TuneResponse.FromString,
+                _registered_method=True)
 
 
 class PrivateLoraServiceServicer:
@@ -80,6 +85,14 @@ class PrivateLoraServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tune(self, request_iterator, context):
+        """Tune is one edge's tuning run: whole batches forward, then backward. The
+        cloud keeps nothing of a batch once it is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrivateLoraServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +110,11 @@ def add_PrivateLoraServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.DecodeRequest.FromString,
                     response_serializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.DecodeResponse.SerializeToString,
+            ),
+            'Tune': grpc.stream_stream_rpc_method_handler(
+                    servicer.Tune,
+                    request_deserializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.TuneRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.TuneResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +200,33 @@ class PrivateLoraService:
             '/privatelora.v1.PrivateLoraService/Decode',
             shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.DecodeRequest.SerializeToString,
             shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tune(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/privatelora.v1.PrivateLoraService/Tune',
+            shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.TuneRequest.SerializeToString,
+            shared_dot_pb_dot_privatelora_dot_v1_dot_private__lora__pb2.TuneResponse.FromString,
             options,
             channel_credentials,
             insecure,

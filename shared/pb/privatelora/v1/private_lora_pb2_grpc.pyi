@@ -3,9 +3,10 @@
 isort:skip_file
 The contract between an edge client and a cloud server.
 
-Everything the two say to each other while decoding is one of: hidden
-states, codes (xA, cloud to edge) and residual codes (xAM, edge to cloud).
-No message has a field for token ids, text, or the personal matrices M.
+Everything the two say to each other is one of: hidden states, codes (xA,
+cloud to edge), residual codes (xAM, edge to cloud) and, while tuning, the
+gradients of these. No message has a field for token ids, labels, text, or
+the personal matrices M and their gradients.
 """
 
 from collections import abc as _abc
@@ -48,6 +49,10 @@ class PrivateLoraServiceStub:
     """
     Decode: _grpc.StreamStreamMultiCallable[_private_lora_pb2.DecodeRequest, _private_lora_pb2.DecodeResponse]
     """Decode is one session: the edge's stream and its KV cache in the cloud."""
+    Tune: _grpc.StreamStreamMultiCallable[_private_lora_pb2.TuneRequest, _private_lora_pb2.TuneResponse]
+    """Tune is one edge's tuning run: whole batches forward, then backward. The
+    cloud keeps nothing of a batch once it is done.
+    """
 
 @_typing.type_check_only
 class PrivateLoraServiceAsyncStub(PrivateLoraServiceStub):
@@ -64,6 +69,10 @@ class PrivateLoraServiceAsyncStub(PrivateLoraServiceStub):
     """
     Decode: _aio.StreamStreamMultiCallable[_private_lora_pb2.DecodeRequest, _private_lora_pb2.DecodeResponse]  # type: ignore[assignment]
     """Decode is one session: the edge's stream and its KV cache in the cloud."""
+    Tune: _aio.StreamStreamMultiCallable[_private_lora_pb2.TuneRequest, _private_lora_pb2.TuneResponse]  # type: ignore[assignment]
+    """Tune is one edge's tuning run: whole batches forward, then backward. The
+    cloud keeps nothing of a batch once it is done.
+    """
 
 class PrivateLoraServiceServicer(metaclass=_abc_1.ABCMeta):
     """PrivateLoraService hosts frozen decoder layers and the frozen matrices A
@@ -95,5 +104,15 @@ class PrivateLoraServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_private_lora_pb2.DecodeResponse], _abc.AsyncIterator[_private_lora_pb2.DecodeResponse]]:
         """Decode is one session: the edge's stream and its KV cache in the cloud."""
+
+    @_abc_1.abstractmethod
+    def Tune(
+        self,
+        request_iterator: _MaybeAsyncIterator[_private_lora_pb2.TuneRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_private_lora_pb2.TuneResponse], _abc.AsyncIterator[_private_lora_pb2.TuneResponse]]:
+        """Tune is one edge's tuning run: whole batches forward, then backward. The
+        cloud keeps nothing of a batch once it is done.
+        """
 
 def add_PrivateLoraServiceServicer_to_server(servicer: PrivateLoraServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,69 @@
+"""The handshake of every stream: both sides compare what they stand on before any activation is sent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import grpc
+
+from cloud_server.session import Refusal, invalid
+from shared import PROTOCOL_VERSION, wire
+from shared.fingerprint import Fingerprint
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A plan that is served, with the fingerprint of everything it stands on."""
+
+    plan: Plan
+    fingerprint: Fingerprint
+
+
+def agreed(offers: Mapping[bytes, Offer], request: pb.Open | pb.TuneOpen) -> Offer:
+    """Return the offer that a first message asks for.
+
+    Raises
+    ------
+    Refusal
+        If the protocol version, the plan, the fingerprint or the wire dtype is not ours.
+    """
+    if request.protocol_version != PROTOCOL_VERSION:
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"protocol version {request.protocol_version} is not spoken here, {PROTOCOL_VERSION} is; "
+            "update the older side",
+        )
+    offer = offers.get(request.fingerprint.plan)
+    if offer is None:
+        raise Refusal(
+            grpc.StatusCode.NOT_FOUND,
+            f"no such plan here (plan digest {request.fingerprint.plan[:8].hex() or 'missing'}); "
+            f"offered: {', '.join(o.plan.name for o in offers.values())}",
+        )
+    parts = offer.fingerprint.differs_from(fingerprint_of(request.fingerprint))
+    if parts:
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"fingerprint mismatch in {' and '.join(parts)}: your adapter or edge parts were made "
+            "for another model; use an adapter made for this cloud, or a cloud that serves yours",
+        )
+    if request.wire_dtype not in wire.TORCH_DTYPES:
+        raise invalid(f"wire dtype must be one of {', '.join(wire.DTYPE_NAMES)}")
+    return offer
+
+
+def fingerprint_message(fingerprint: Fingerprint) -> pb.Fingerprint:
+    """Return a fingerprint as a message."""
+    return pb.Fingerprint(
+        root=fingerprint.root,
+        plan=fingerprint.plan,
+        lowrank=fingerprint.lowrank,
+        layers=fingerprint.layers,
+        edge=fingerprint.edge,
+    )
+
+
+def fingerprint_of(message: pb.Fingerprint) -> Fingerprint:
+    """Return a message's fingerprint."""
+    return Fingerprint(plan=message.plan, lowrank=message.lowrank, layers=message.layers, edge=message.edge)

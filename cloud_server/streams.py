@@ -1,0 +1,66 @@
+"""What every stream of the service needs: messages from bytes, refusals as statuses, traffic counted."""
+
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from cloud_server.session import Refusal, invalid
+
+FRAME_BYTES = 5  # gRPC's own header on each message
+# gRPC ends the requests of a broken stream like those of a closed one, and cancels the handler just after.
+BROKEN_NOTICE_S = 0.01
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+M = TypeVar("M", bound=Message)
+
+
+@dataclass
+class Traffic:
+    """Messages and bytes since the start, framing included."""
+
+    messages_in: int = 0
+    messages_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def received(self, raw: bytes) -> None:
+        """Count a message that came."""
+        self.messages_in += 1
+        self.bytes_in += len(raw) + FRAME_BYTES
+
+    def sent(self, raw: bytes) -> None:
+        """Count a message that went."""
+        self.messages_out += 1
+        self.bytes_out += len(raw) + FRAME_BYTES
+
+
+def parse(kind: type[M], raw: bytes) -> M:
+    """Return the message in ``raw``.
+
+    Raises
+    ------
+    Refusal
+        If the bytes are no such message.
+    """
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise invalid(f"{len(raw)} bytes that are not a {kind.DESCRIPTOR.name}") from None
+
+
+async def abort(context: Context, refusal: Refusal) -> None:
+    """End a stream with the refusal's status; does not return."""
+    trailers = []
+    if refusal.retry_after_s is not None:
+        trailers.append(("retry-after-ms", str(int(refusal.retry_after_s * 1000))))
+    await context.abort(refusal.code, refusal.message, trailing_metadata=tuple(trailers))
+
+
+async def begin(context: Context) -> None:
+    """Send the headers of an accepted stream.
+
+    They would go with the first message, but if the stream is refused while that is on its way, gRPC
+    sends them a second time, fails, and leaves the edge waiting.
+    """
+    await context.send_initial_metadata(())

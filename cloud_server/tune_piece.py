@@ -1,0 +1,86 @@
+"""A piece of a tuning batch: whole sequences, and what the layers have made of them so far.
+
+Only values; what is done with them is `cloud_server.tuning`'s matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from cloud_server.lean import Rotary
+from cloud_server.packed import PackedAttention
+
+
+class Stage(IntEnum):
+    """What happens next to a piece. The order is that in which pieces at one layer are served."""
+
+    EMIT = 0  # norm, codes xA
+    STASH = 1  # base q, k, v products, while the codes are in flight
+    RUN = 2  # the layer itself, as soon as its residual codes are here
+    GRADIENT = 3  # back through the layer to its input and to q, k, v: dL/dz
+    PULL = 4  # back through the base products, while dL/dz is in flight
+    CLOSE = 5  # back through xA, as soon as dL/dc is here, and through the norm
+    DONE = 6
+
+
+@dataclass
+class Kept:
+    """What a layer's way back needs. ``end`` and ``qkv`` are None if the layer is run again for it."""
+
+    hidden: Tensor  # the layer's input: (tokens, hidden_size)
+    residual_codes: Tensor | None = None  # (tokens, residual_width)
+    qkv: Tensor | None = None  # q, k, v products with the residual: (tokens, q_dim + 2 kv_dim)
+    end: GradientEdge | None = None  # where the graph from these two ends: at the layer's output
+
+
+@dataclass(eq=False)
+class Piece:
+    """Tokens ``lo..hi-1`` of a batch, whole sequences; ``stage`` is what happens next, at ``layer``."""
+
+    index: int
+    lo: int
+    hi: int
+    attention: PackedAttention
+    rotary: dict[str, Rotary]
+    layer: int
+    stage: Stage
+    hidden: Tensor | None = None  # input of the layer: (tokens, hidden_size)
+    normed: Tensor | None = None  # (tokens, hidden_size)
+    qkv: Tensor | None = None  # (tokens, q_dim + 2 kv_dim); on the way back, its gradient
+    gradient: Tensor | None = None  # of what lies above: (tokens, hidden_size)
+    normed_gradient: Tensor | None = None  # (tokens, hidden_size)
+    kept: dict[int, Kept] = field(default_factory=dict)  # by layer
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its sequences."""
+        return self.hi - self.lo
+
+    @property
+    def order(self) -> tuple[bool, int, int, int]:
+        """Rank among pieces that are ready: least first. Rows of one tensor then leave in order."""
+        back = self.stage >= Stage.GRADIENT
+        return not back, -self.layer if back else self.layer, self.stage, self.index
+
+
+@dataclass
+class Gathered:
+    """A tensor that comes from the edge in rows, and goes once every piece has had its own."""
+
+    rows: Tensor  # (tokens, width)
+    filled: int = 0
+    taken: int = 0
+
+
+def cut(lengths: Sequence[int], piece_tokens: int) -> list[list[int]]:
+    """Return the lengths in groups of at most ``piece_tokens`` tokens; a longer sequence is a group."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        if groups and sum(groups[-1]) + length <= piece_tokens:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return groups

@@ -1,0 +1,141 @@
+"""Tuning as low-priority work of the engine: which batch goes on, when, and for how long.
+
+Decoding comes first. Tuning runs where nobody decodes, a share of the time while decodes wait for their
+edges, and a smaller one, stated and always kept, while they do not. Knows nothing about streams or maths.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cloud_server.config import TuningConfig
+from cloud_server.tune_piece import Stage
+from cloud_server.tuning import TuneBatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Job:
+    """A batch in the queue, and who wants to know about it. All are called on the event loop."""
+
+    batch: TuneBatch
+    on_rows: Callable[[str, int, int, Tensor], object]  # see `cloud_server.tuning.Send`
+    on_done: Callable[[], object]
+    on_failed: Callable[[Exception], object]
+    on_freed: Callable[[], object]  # its memory is given back
+    is_running: bool = False
+    is_cancelled: bool = False
+    outgoing: list[tuple[str, int, int, Tensor]] = field(default_factory=list)
+
+
+class TuneQueue:
+    """Tuning batches of all edges.
+
+    Parameters
+    ----------
+    config
+        The shares.
+    slice_s
+        How long units run in a row before the engine looks for decodes again (seconds). A unit is one
+        stage of one piece; one alone may take longer.
+    wake
+        Tells the engine that there is something to do.
+    """
+
+    def __init__(self, config: TuningConfig, slice_s: float, wake: Callable[[], object]) -> None:
+        self.config, self.slice_s, self.wake = config, slice_s, wake
+        self._jobs: deque[Job] = deque()  # whose turn it is comes first
+        self._cost: dict[Stage, float] = {}  # seconds a token, learned
+        self._ended = self._took = 0.0  # the last slice: when it ended (monotonic) and how long it took
+
+    def add(self, job: Job) -> None:
+        """Let a batch run from now on."""
+        self._jobs.append(job)
+        self.wake()
+
+    def remove(self, job: Job) -> None:
+        """Take a batch out, at any time, and free what it holds: at once, or when its unit has ended."""
+        if job.is_cancelled:
+            return
+        job.is_cancelled = True
+        if job in self._jobs:
+            self._jobs.remove(job)
+        if not job.is_running:
+            self._free(job)
+
+    def ready(self) -> bool:
+        """Whether a unit could run."""
+        return any(job.batch.next() is not None for job in self._jobs)
+
+    def due_in(self, now: float, *, spare: bool) -> float:
+        """Return in how many seconds a slice is due, which keeps tuning at its share of the time.
+
+        Parameters
+        ----------
+        now
+            `time.monotonic`.
+        spare
+            Whether nobody is kept waiting by it right now.
+        """
+        share = self.config.spare_share if spare else self.config.min_share
+        return self._ended + self._took * (1 / share - 1) - now
+
+    async def run_one(self, executor: Executor) -> None:
+        """Run units of the next batch for one slice, at least one, beside the event loop."""
+        job = next((job for job in self._jobs if job.batch.next() is not None), None)
+        if job is None:
+            return
+        self._jobs.remove(job)
+        self._jobs.append(job)  # the others come first next time
+        loop = asyncio.get_running_loop()
+
+        def send(name: str, layer: int, first: int, rows: Tensor) -> None:
+            loop.call_soon_threadsafe(self._deliver, job, name, layer, first, rows)
+
+        job.batch.send = send
+        job.is_running, started = True, time.monotonic()
+        try:
+            await loop.run_in_executor(executor, self._run, job)
+        except Exception as error:  # one batch that fails, for want of memory say, must not end the engine
+            log.exception("a tuning batch failed")
+            self.remove(job)
+            job.on_failed(error)
+        finally:
+            job.is_running = False
+            self._ended = time.monotonic()
+            self._took = self._ended - started
+        if job.is_cancelled:
+            self._free(job)
+        elif job.batch.finished:
+            self.remove(job)
+            job.on_done()
+
+    def _deliver(self, job: Job, name: str, layer: int, first: int, rows: Tensor) -> None:
+        if not job.is_cancelled:
+            job.on_rows(name, layer, first, rows)
+
+    def _run(self, job: Job) -> None:
+        """Run units until the next one would probably not fit into the slice."""
+        left, batch = self.slice_s, job.batch
+        while not job.is_cancelled and (piece := batch.next()) is not None:
+            stage, tokens = piece.stage, piece.tokens
+            expected = self._cost.get(stage, 0.0) * tokens
+            if left < self.slice_s and expected > left:
+                break
+            started = time.perf_counter()
+            batch.run(piece)
+            took = time.perf_counter() - started
+            known = self._cost.get(stage, took / tokens)
+            self._cost[stage] = known + 0.2 * (took / tokens - known)
+            left -= took
+
+    def _free(self, job: Job) -> None:
+        job.batch.free()
+        job.on_freed()

@@ -1,0 +1,303 @@
+"""The maths of one tuning batch: every frozen layer forward, then backward, in small pieces.
+
+A batch is cut into *pieces*, whole sequences each. Sequences do not see each other, so every piece goes its
+own way through the layers and back, and waits only for rows that the edge has yet to send. What the edge
+wants of it all is dL/dM; it gets dL/dz from here and gives dL/dc back. Knows nothing about streams,
+scheduling, tokens or personal weights.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from cloud_server.arena import Arena
+from cloud_server.backbone import Backbone
+from cloud_server.packed import PackedAttention
+from cloud_server.tune_piece import Gathered, Kept, Piece, Stage, cut
+from shared.plan import Plan
+
+# (name of the tensor as the protocol has it, layer, index of the first row, rows)
+Send = Callable[[str, int, int, Tensor], None]
+
+
+class TuneBatch:
+    """One batch on its way through the layers.
+
+    Parameters
+    ----------
+    backbone, plan
+        What runs.
+    lengths
+        Tokens of each sequence.
+    send
+        Takes what goes to the edge.
+    forward_only
+        Whether no way back will follow; nothing is kept for it then.
+    checkpointing
+        Whether layers are run again on the way back instead of keeping what they computed.
+    piece_tokens
+        Most tokens in a piece, unless a sequence alone has more. Results depend on it in their last bits,
+        so it is a setting and not learned: a batch that is sent again gives the same gradients.
+    arena
+        Where to keep what the way back needs; None leaves that to torch's allocator.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        plan: Plan,
+        lengths: Sequence[int],
+        send: Send,
+        *,
+        forward_only: bool = False,
+        checkpointing: bool = False,
+        piece_tokens: int = 128,
+        arena: Arena | None = None,
+    ) -> None:
+        self.backbone, self.plan, self.send = backbone, plan, send
+        self.forward_only, self.checkpointing, self._arena = forward_only, checkpointing, arena
+        self.tokens = sum(lengths)
+        self.start, self.stop = plan.cloud_layers.start, plan.cloud_layers.stop
+        # Nothing below the lowest residual is needed: no M is there.
+        self.bottom = plan.adapted_layers[0] if plan.adapted_layers else self.stop
+        self._gathered: dict[tuple[str, int], Gathered] = {}
+        self._left = {tensor: self.tokens for tensor in self._outgoing()}  # rows yet to be sent, in order
+        self.pieces = []
+        at = 0
+        for index, group in enumerate(cut(lengths, piece_tokens)):
+            positions = torch.cat([torch.arange(length) for length in group])
+            rotary = backbone.rotary(positions)
+            piece = Piece(
+                index,
+                at,
+                at + len(positions),
+                PackedAttention(group),
+                rotary,
+                self.start,
+                self._first(self.start),
+            )
+            self.pieces.append(piece)
+            at = piece.hi
+
+    def put(self, name: str, layer: int, first: int, rows: Tensor) -> None:
+        """Take the next rows of a tensor from the edge: ``rows (rows, width)``, whose checks are done."""
+        gathered = self._gathered.get((name, layer))
+        if gathered is None:
+            shape, b = (self.tokens, rows.shape[1]), self.backbone
+            gathered = Gathered(torch.empty(shape, dtype=b.dtype, device=b.device))
+            self._gathered[name, layer] = gathered
+        gathered.rows[first : first + len(rows)] = rows
+        gathered.filled = first + len(rows)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do or to wait for."""
+        return all(piece.stage is Stage.DONE for piece in self.pieces)
+
+    def next(self) -> Piece | None:
+        """Return the piece that goes on next, None if all wait for the edge or are done."""
+        ready = (piece for piece in self.pieces if self._is_ready(piece))
+        return min(ready, key=lambda piece: piece.order, default=None)
+
+    @torch.no_grad()
+    def run(self, piece: Piece) -> None:
+        """Take a ready piece one stage on: one unit of work."""
+        match piece.stage:
+            case Stage.EMIT:
+                self._emit(piece)
+            case Stage.STASH:
+                piece.qkv, piece.normed = self.backbone.layers[piece.layer].base(_of(piece.normed)), None
+                piece.stage = Stage.RUN
+            case Stage.RUN:
+                self._run(piece)
+            case Stage.GRADIENT:
+                self._gradient(piece)
+            case Stage.PULL:
+                layer = self.backbone.layers[piece.layer]
+                piece.normed_gradient, piece.qkv = layer.base_gradient(_of(piece.qkv)), None
+                piece.stage = Stage.CLOSE
+            case Stage.CLOSE:
+                self._close(piece)
+
+    def free(self) -> None:
+        """Forget everything."""
+        self.pieces.clear()
+        self._gathered.clear()
+        self._arena = None
+
+    # --- what goes to the edge ------------------------------------------------------------------------------
+
+    def _outgoing(self) -> list[tuple[str, int]]:
+        """Return what is sent of the batch, in order: an edge reads one tensor after the other."""
+        back = () if self.forward_only else reversed(self.plan.adapted_layers)
+        return [
+            *(("codes", layer) for layer in self.plan.exchange_layers),
+            ("hidden", 0),
+            *(("residual_codes_gradient", layer) for layer in back),
+        ]
+
+    def _is_turn(self, name: str, layer: int) -> bool:
+        """Whether all that is sent before this tensor has been sent."""
+        return next(iter(self._left), None) == (name, layer)
+
+    def _send(self, name: str, layer: int, piece: Piece, rows: Tensor) -> None:
+        self._left[name, layer] -= piece.tokens
+        if self._left[name, layer] == 0:
+            del self._left[name, layer]
+        self.send(name, layer, piece.lo, rows)
+
+    # --- forward --------------------------------------------------------------------------------------------
+
+    def _first(self, layer: int) -> Stage:
+        return Stage.EMIT if layer in self.plan.exchange_layers else Stage.RUN
+
+    def _input(self, piece: Piece) -> Tensor:
+        if piece.hidden is None:
+            piece.hidden = self._take("hidden", 0, piece)
+        return piece.hidden
+
+    def _emit(self, piece: Piece) -> None:
+        piece.normed = self.backbone.layers[piece.layer].norm(self._input(piece))
+        codes = piece.normed @ self.backbone.a(self.plan, piece.layer)  # (tokens, codes_width)
+        self._send("codes", piece.layer, piece, codes)
+        piece.stage = Stage.STASH
+
+    def _run(self, piece: Piece) -> None:
+        number, hidden = piece.layer, self._input(piece)
+        z = self._take("residual_codes", number, piece) if number in self.plan.adapted_layers else None
+        qkv = self._products(number, hidden, z, piece.qkv)
+        keep = not self.forward_only and number >= self.bottom
+        if keep and not self.checkpointing:
+            piece.kept[number], out = self._with_graph(piece, hidden, qkv, self._arena)
+        else:
+            layer = self.backbone.layers[number]
+            out = layer(hidden, qkv, piece.rotary[layer.rotary_key], piece.attention)
+            if keep:
+                arena = self._arena
+                piece.kept[number] = (
+                    Kept(hidden, z)
+                    if arena is None
+                    else Kept(arena.copy(hidden), None if z is None else arena.copy(z))
+                )
+        piece.hidden, piece.qkv, piece.layer = out, None, number + 1
+        if piece.layer < self.stop:
+            piece.stage = self._first(piece.layer)
+            return
+        self._send("hidden", 0, piece, out)
+        piece.hidden, piece.layer = None, number
+        piece.stage = Stage.DONE if self.forward_only else Stage.GRADIENT
+
+    def _products(self, number: int, hidden: Tensor, z: Tensor | None, base: Tensor | None) -> Tensor:
+        """Return q|k|v with the residual: ``(tokens, q_dim + 2 kv_dim)``; ``base`` is used up."""
+        layer = self.backbone.layers[number]
+        qkv = layer.base(layer.norm(hidden)) if base is None else base
+        if z is not None:
+            self.backbone.add_residual(qkv, z, self.plan, number)
+        return qkv
+
+    def _with_graph(
+        self, piece: Piece, hidden: Tensor, qkv: Tensor, arena: Arena | None
+    ) -> tuple[Kept, Tensor]:
+        """Run the piece's layer so that a gradient can be taken through it; return its output too."""
+        layer = self.backbone.layers[piece.layer]
+        keeping: AbstractContextManager[None] = nullcontext()
+        if arena is not None:
+            hidden, qkv = arena.copy(hidden), arena.copy(qkv)
+            shared = {t.untyped_storage().data_ptr() for rotary in piece.rotary.values() for t in rotary}
+            keeping = arena.keeping(
+                lambda t: (
+                    (address := t.untyped_storage().data_ptr()) in shared
+                    or layer.owns(address)
+                    or piece.attention.owns(address)
+                )
+            )
+        hidden = hidden.detach().requires_grad_(piece.layer > self.bottom)
+        qkv = qkv.detach().requires_grad_()
+        with torch.enable_grad(), keeping:
+            out = layer(hidden, qkv, piece.rotary[layer.rotary_key], piece.attention)
+        return Kept(hidden, None, qkv, get_gradient_edge(out)), out.detach()
+
+    # --- backward -------------------------------------------------------------------------------------------
+
+    def _gradient(self, piece: Piece) -> None:
+        number = piece.layer
+        gradient = piece.gradient
+        if gradient is None:
+            gradient = self._take("hidden_gradient", 0, piece)
+        piece.gradient = None
+        if number < self.bottom:  # a plan without any residual
+            piece.stage = Stage.DONE
+            return
+        kept = piece.kept.pop(number)
+        if kept.end is None:
+            qkv = self._products(number, kept.hidden, kept.residual_codes, None)
+            kept, _ = self._with_graph(piece, kept.hidden, qkv, None)
+        hidden, products = kept.hidden, _of(kept.qkv)
+        assert kept.end is not None
+        wanted = (products,) if number == self.bottom else (products, hidden)
+        of_qkv, *of_hidden = torch.autograd.grad((kept.end,), wanted, (gradient,))
+        if number in self.plan.adapted_layers:
+            dz = self.backbone.residual_codes_gradient(of_qkv, self.plan, number)
+            self._send("residual_codes_gradient", number, piece, dz)
+        if number == self.bottom:
+            piece.stage = Stage.DONE
+            return
+        piece.hidden, piece.qkv, piece.gradient = hidden.detach(), of_qkv, of_hidden[0]
+        piece.stage = Stage.PULL
+
+    def _close(self, piece: Piece) -> None:
+        number, of_normed = piece.layer, _of(piece.normed_gradient)
+        if number in self.plan.exchange_layers:
+            dc = self._take("codes_gradient", number, piece)
+            of_normed.addmm_(dc, self.backbone.a(self.plan, number).t())
+        hidden = _of(piece.hidden).requires_grad_()
+        with torch.enable_grad():
+            normed = self.backbone.layers[number].norm(hidden)
+        (of_hidden,) = torch.autograd.grad(normed, hidden, of_normed)
+        piece.gradient = _of(piece.gradient) + of_hidden
+        piece.hidden = piece.normed_gradient = None
+        piece.layer, piece.stage = number - 1, Stage.GRADIENT
+
+    # --- what comes from the edge ---------------------------------------------------------------------------
+
+    def _is_ready(self, piece: Piece) -> bool:
+        layer, plan = piece.layer, self.plan
+        match piece.stage:
+            case Stage.EMIT:
+                return self._has_input(piece) and self._is_turn("codes", layer)
+            case Stage.RUN:
+                return (
+                    self._has_input(piece)
+                    and (layer not in plan.adapted_layers or self._has("residual_codes", layer, piece))
+                    and (layer < self.stop - 1 or self._is_turn("hidden", 0))
+                )
+            case Stage.GRADIENT:
+                return (piece.gradient is not None or self._has("hidden_gradient", 0, piece)) and (
+                    layer not in plan.adapted_layers or self._is_turn("residual_codes_gradient", layer)
+                )
+            case Stage.CLOSE:
+                return layer not in plan.exchange_layers or self._has("codes_gradient", layer, piece)
+        return piece.stage is not Stage.DONE
+
+    def _has_input(self, piece: Piece) -> bool:
+        return piece.hidden is not None or self._has("hidden", 0, piece)
+
+    def _has(self, name: str, layer: int, piece: Piece) -> bool:
+        gathered = self._gathered.get((name, layer))
+        return gathered is not None and gathered.filled >= piece.hi
+
+    def _take(self, name: str, layer: int, piece: Piece) -> Tensor:
+        """Return the piece's own rows; the last piece to ask leaves nothing behind."""
+        gathered = self._gathered[name, layer]
+        gathered.taken += piece.tokens
+        if gathered.taken == self.tokens:
+            del self._gathered[name, layer]
+        return gathered.rows[piece.lo : piece.hi]
+
+
+def _of(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,229 @@
+"""Batches of examples to loss and gradient in M, through a cloud that may come and go.
+
+A batch goes up in micro-batches that the cloud takes, always cut and added up in the same order, so
+that the sum has the same bits every time. When the stream is lost, the micro-batch that was under way
+is sent again on a new one, and nothing of it was counted before. Knows nothing about optimisers.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import grpc
+import torch
+from torch import Tensor
+
+from edge_client.session import SessionError
+from edge_client.tuning.examples import Example
+from edge_client.tuning.loss import Head, loss_and_gradient, pack
+from edge_client.tuning.stream import Matrices, TuneLimits
+
+Code = grpc.StatusCode
+# What a cloud that is restarted, drained, full or cut off may answer; anything else will not pass.
+PASSING = {
+    Code.OK, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED, Code.ABORTED,
+    Code.UNKNOWN, Code.INTERNAL, Code.CANCELLED,
+}  # fmt: skip
+MAX_SEQUENCES = 1024  # of one micro-batch: a cloud spends time on each, however short
+ATTEMPTS = 12
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # twice as long each time: some three minutes in all
+
+T = TypeVar("T")
+Waiting = Callable[[Exception, float], object]
+
+
+class TuningStream(Protocol):
+    """What is needed of `edge_client.tuning.stream.TuneStream`."""
+
+    @property
+    def limits(self) -> TuneLimits:
+        """The bounds on a batch."""
+
+    def forward(
+        self, hidden: Tensor, lengths: Sequence[int], matrices: Matrices, *, forward_only: bool = False
+    ) -> Tensor:
+        """Run a batch; return hL."""
+
+    def backward(self, gradient: Tensor) -> dict[int, Tensor]:
+        """Run the last batch back; return dL/dM by layer."""
+
+    def close(self) -> None:
+        """End the stream."""
+
+
+class TuningError(RuntimeError):
+    """Tuning cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Mean loss over a batch's targets (nats), its gradient by layer, and the tokens that were run."""
+
+    loss: float
+    gradients: dict[int, Tensor]
+    tokens: int
+
+
+class Learner:
+    """Asks a cloud for losses and gradients.
+
+    Parameters
+    ----------
+    head
+        What turns hL into logits.
+    embed
+        Token ids ``(tokens,)`` to h0 ``(tokens, hidden_size)``.
+    open_stream
+        Opens a stream to the cloud.
+    waiting
+        Called with the reason and the seconds, before a lost cloud is tried again.
+    sleep
+        Waits for some seconds.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        embed: Callable[[Tensor], Tensor],
+        open_stream: Callable[[], TuningStream],
+        waiting: Waiting = lambda error, seconds: None,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.head, self.embed = head, embed
+        self.micro_batch_tokens = 0  # set by whoever has settled it; 0 is what the cloud takes
+        self.waiting = waiting
+        self._open_stream, self._sleep = open_stream, sleep
+        self._stream: TuningStream | None = None
+
+    def limits(self) -> TuneLimits:
+        """Return what the cloud takes.
+
+        Raises
+        ------
+        SessionError
+            If it refuses, or cannot be reached for a while.
+        """
+        return self._with_stream(lambda stream: stream.limits)
+
+    def gradients(self, batch: Sequence[Example], matrices: Matrices) -> Measured:
+        """Return a batch's mean loss and its gradient in M.
+
+        Parameters
+        ----------
+        batch
+            At least one example.
+        matrices
+            M by adapted layer; left as they are.
+
+        Raises
+        ------
+        SessionError
+            If the cloud refuses, or cannot be reached for a while.
+        """
+        total = sum(example.targets for example in batch)
+        loss, tokens = 0.0, 0
+        gradients: dict[int, Tensor] = {}
+        for piece in self._micro_batches(batch):
+            packed = pack(piece)
+            hidden = self.embed(packed.ids)  # (tokens, hidden_size)
+
+            def there_and_back(stream: TuningStream) -> tuple[float, dict[int, Tensor]]:
+                last = stream.forward(hidden, packed.lengths, matrices)  # noqa: B023, used at once
+                share, upstream = loss_and_gradient(self.head, last, packed, total)  # noqa: B023
+                assert upstream is not None
+                return share, stream.backward(upstream)
+
+            share, found = self._with_stream(there_and_back)
+            loss, tokens = loss + share, tokens + len(packed.ids)
+            for layer, gradient in found.items():
+                gradients[layer] = gradients[layer] + gradient if layer in gradients else gradient
+        return Measured(loss, gradients, tokens)
+
+    def loss(self, examples: Sequence[Example], matrices: Matrices) -> float:
+        """Return the mean loss (nats) over all targets of ``examples``; nothing is run back."""
+        total = sum(example.targets for example in examples)
+        loss = 0.0
+        for piece in self._micro_batches(examples):
+            packed = pack(piece)
+            hidden = self.embed(packed.ids)
+
+            def there(stream: TuningStream) -> float:
+                last = stream.forward(hidden, packed.lengths, matrices, forward_only=True)  # noqa: B023
+                return loss_and_gradient(self.head, last, packed, total, want_gradient=False)[0]  # noqa: B023
+
+            loss += self._with_stream(there)
+        return loss
+
+    def close(self) -> None:
+        """End the stream, if there is one."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with contextlib.suppress(Exception):  # it was broken, or the connection is gone: it has ended
+                stream.close()
+
+    def _micro_batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
+        """Yield runs of examples that the cloud takes at once."""
+        room = self.micro_batch_tokens or self.limits().max_batch_tokens
+        piece: list[Example] = []
+        used = 0
+        for example in examples:
+            tokens = len(example.ids) - 1
+            if piece and (used + tokens > room or len(piece) == MAX_SEQUENCES):
+                yield piece
+                piece, used = [], 0
+            piece.append(example)
+            used += tokens
+        yield piece
+
+    def _with_stream(self, work: Callable[[TuningStream], T]) -> T:
+        """Return what ``work`` returns; on a lost stream, begin it again on a new one."""
+        for attempt in range(ATTEMPTS):
+            try:
+                if self._stream is None:
+                    self._stream = self._checked(self._open_stream())
+                return work(self._stream)
+            except ConnectionError as error:
+                self.close()
+                if attempt == ATTEMPTS - 1 or not may_pass(error):
+                    raise
+                seconds = wait_s(attempt, error)
+                self.waiting(error, seconds)
+            except BaseException:  # what the stream was at is unknown
+                self.close()
+                raise
+            self._sleep(seconds)
+        raise AssertionError("unreachable")
+
+    def _checked(self, stream: TuningStream) -> TuningStream:
+        if stream.limits.max_batch_tokens < self.micro_batch_tokens:
+            raise TuningError(
+                f"the cloud now takes {stream.limits.max_batch_tokens:,} tokens at a time, this run sends up "
+                f"to {self.micro_batch_tokens:,}: restore the cloud's setting, or begin anew with --restart"
+            )
+        return stream
+
+
+def may_pass(error: ConnectionError) -> bool:
+    """Whether a lost stream is worth another attempt."""
+    return not isinstance(error, SessionError) or error.code in PASSING
+
+
+def wait_s(attempt: int, error: ConnectionError) -> float:
+    """Return how long to wait before the next attempt (seconds): longer each time, never all at once."""
+    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**attempt)
+    hint = error.retry_after_s if isinstance(error, SessionError) and error.retry_after_s else 0.0
+    return max(min(hint, LONGEST_WAIT_S), longest * (0.5 + random.random() / 2))
+
+
+def embedding(embed_tokens: torch.nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what makes h0 on the CPU of token ids, scaled as the family does, in the weights' dtype."""
+
+    def embed(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = embed_tokens(ids.to(device))
+        return found.cpu()
+
+    return embed

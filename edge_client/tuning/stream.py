@@ -1,0 +1,322 @@
+"""A tuning stream: batches forward through the cloud's layers, and their gradients back.
+
+Forward as in inference, over whole sequences laid end to end: codes c come, residual codes z = cM
+go. On the way back dL/dz comes, dL/dM is summed here from the codes that are still held, and dL/dc
+goes. Everything the cloud sends is checked before it is used. Knows hidden states, codes and their
+gradients; no tokens, no labels, no loss. M and dL/dM never leave this process.
+
+Products run on the connection's thread, which computes on one core: their bits do not depend on how
+many cores there are, and whole tensors are multiplied, so neither on how the cloud cuts its messages.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from edge_client.session import FRAME_BYTES, SessionError, Traffic, failure
+from shared import wire
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
+
+ROWS_BYTES = 1 << 20  # of one message's elements: far from gRPC's cap, and the next can be made meanwhile
+WIRE_DTYPES = (pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64)  # gradients underflow in float16
+
+Matrices = Mapping[int, Tensor]  # layer -> M (groups, r_c2d, r_d2c)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TuneLimits:
+    """What the cloud takes: tokens of one batch, and of one sequence (counts)."""
+
+    max_batch_tokens: int
+    max_sequence_tokens: int
+
+
+class ProtocolError(ValueError):
+    """Something that the cloud should not have sent."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """What is kept of the batch under way until its gradients are back."""
+
+    number: int
+    tokens: int
+    matrices: Matrices
+    codes: dict[int, Tensor] = field(default_factory=dict)  # exchanging layer -> (tokens, groups * r_c2d)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What codes are multiplied in: the dtype of M."""
+        return next(iter(self.matrices.values())).dtype
+
+
+class TuneStream:
+    """A stream to tune on. Made by `Connection.open_tuning`; used by one thread at a time.
+
+    After any error the stream is of no more use; the batch is to be sent again on a new one.
+    """
+
+    def __init__(
+        self,
+        call: "grpc.aio.StreamStreamCall[bytes, bytes]",
+        loop: asyncio.AbstractEventLoop,
+        plan: Plan,
+        wire_dtype: "pb.Dtype.ValueType",
+        message_timeout_s: float,
+        on_close: Callable[["TuneStream"], object],
+    ) -> None:
+        if wire_dtype not in WIRE_DTYPES:
+            raise ValueError(
+                f"{wire.dtype_name(wire_dtype)} cannot carry gradients, which underflow in it; use "
+                "bfloat16 or float32 on the wire"
+            )
+        self.plan, self.wire_dtype = plan, wire_dtype
+        self.traffic = Traffic()
+        self.limits = TuneLimits(0, 0)
+        self._call, self._loop, self._on_close = call, loop, on_close
+        self._timeout_s = message_timeout_s
+        self._number = 0
+        self._batch: Batch | None = None
+
+    async def open(self, request: pb.TuneOpen, timeout_s: float) -> None:
+        """Shake hands on the connection's thread; wait at most ``timeout_s`` for the cloud to be there."""
+
+        async def shake() -> None:
+            await self._write(pb.TuneRequest(open=request))
+            opened = (await self._read("opened")).opened
+            if opened.max_batch_tokens < 1 or opened.max_sequence_tokens < 1:
+                raise ProtocolError("it states a limit of 0 tokens")
+            self.limits = TuneLimits(opened.max_batch_tokens, opened.max_sequence_tokens)
+
+        patience, self._timeout_s = self._timeout_s, timeout_s
+        await self._explained(shake())
+        self._timeout_s = patience
+
+    def forward(
+        self, hidden: Tensor, lengths: Sequence[int], matrices: Matrices, *, forward_only: bool = False
+    ) -> Tensor:
+        """Run a batch through the cloud's layers; blocks until hL is back.
+
+        Parameters
+        ----------
+        hidden
+            h0 of the sequences laid end to end: ``(tokens, hidden_size)`` floating point.
+        lengths
+            Tokens of each sequence; at most `limits` says.
+        matrices
+            M by adapted layer, not to be changed before `backward` has returned. Codes are
+            multiplied in its dtype.
+        forward_only
+            Whether no `backward` follows.
+
+        Returns
+        -------
+        Tensor
+            hL ``(tokens, hidden_size)`` in the wire dtype, on the CPU.
+
+        Raises
+        ------
+        SessionError
+            If the cloud refuses or breaks the protocol, the connection breaks, or nothing is heard in time.
+        """
+        if self._batch is not None:
+            raise RuntimeError("the batch before has not been run back")
+        if hidden.shape != (sum(lengths), self.plan.hidden_size):
+            raise ValueError(f"h0 has shape {tuple(hidden.shape)} for sequences of {sum(lengths)} tokens")
+        self._number += 1
+        batch = Batch(self._number, sum(lengths), matrices)
+        found = self._run(self._forward(batch, hidden, lengths, forward_only))
+        self._batch = None if forward_only else batch
+        return found
+
+    def backward(self, gradient: Tensor) -> dict[int, Tensor]:
+        """Run the batch of the last `forward` back; blocks until the cloud has let go of it.
+
+        Parameters
+        ----------
+        gradient
+            dL/dhL ``(tokens, hidden_size)``.
+
+        Returns
+        -------
+        dict
+            dL/dM ``(groups, r_c2d, r_d2c)`` by adapted layer, in ascending order, in the dtype of M.
+
+        Raises
+        ------
+        SessionError
+            As `forward`.
+        """
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise RuntimeError("there is no batch to run back")
+        return self._run(self._backward(batch, gradient))
+
+    def close(self) -> None:
+        """End the stream in order."""
+        self._on_close(self)
+        if not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(self._timeout_s)
+
+    # --- on the connection's thread from here on --------------------------------------------------------
+
+    async def _forward(
+        self, batch: Batch, hidden: Tensor, lengths: Sequence[int], forward_only: bool
+    ) -> Tensor:
+        plan = self.plan
+        announced = pb.Batch(batch=batch.number, lengths=lengths, forward_only=forward_only)
+        await self._write(pb.TuneRequest(batch=announced))
+        await self._send(batch, "hidden", 0, hidden)
+        for exchange in plan.exchange_layers:
+            codes = await self._receive(batch, "codes", exchange, plan.codes_width, batch.dtype)
+            for layer in plan.fed_by(exchange):
+                z = joined(torch.bmm(by_group(codes, plan), batch.matrices[layer]))
+                await self._send(batch, "residual_codes", layer, z)  # (tokens, groups * r_d2c)
+            if not forward_only:
+                batch.codes[exchange] = codes
+            self.traffic.round_trips += 1
+        wide = wire.TORCH_DTYPES[self.wire_dtype]
+        found = await self._receive(batch, "hidden", None, plan.hidden_size, wide)
+        self.traffic.round_trips += 1
+        if forward_only:
+            await self._expect_done(batch)
+        return found
+
+    async def _backward(self, batch: Batch, gradient: Tensor) -> dict[int, Tensor]:
+        plan = self.plan
+        await self._send(batch, "hidden_gradient", 0, gradient)
+        gradients: dict[int, Tensor] = {}
+        for exchange in reversed(plan.exchange_layers):
+            codes = by_group(batch.codes.pop(exchange), plan)  # (groups, tokens, r_c2d)
+            upstream: Tensor | None = None  # dL/dc
+            for layer in reversed(plan.fed_by(exchange)):
+                kind, width = "residual_codes_gradient", plan.residual_width
+                rows = await self._receive(batch, kind, layer, width, batch.dtype)
+                dz = by_group(rows, plan)  # (groups, tokens, r_d2c)
+                gradients[layer] = torch.bmm(codes.transpose(1, 2), dz)  # (groups, r_c2d, r_d2c)
+                if exchange != plan.exchange_layers[0]:
+                    part = torch.bmm(dz, batch.matrices[layer].transpose(1, 2))  # (groups, tokens, r_c2d)
+                    upstream = part if upstream is None else upstream + part
+            if upstream is not None:  # nothing below the lowest exchange has anything to learn
+                await self._send(batch, "codes_gradient", exchange, joined(upstream))
+            self.traffic.round_trips += 1
+        await self._expect_done(batch)
+        return {layer: gradients[layer] for layer in plan.adapted_layers}
+
+    async def _send(self, batch: Batch, kind: str, layer: int, tensor: Tensor) -> None:
+        """Send a tensor ``(tokens, width)`` in as many messages as it takes."""
+        row_bytes = tensor.shape[1] * wire.TORCH_DTYPES[self.wire_dtype].itemsize
+        count = max(1, ROWS_BYTES // row_bytes)
+        for first in range(0, batch.tokens, count):
+            request = pb.TuneRequest()
+            rows: pb.Rows = getattr(request, kind)
+            rows.batch, rows.layer, rows.first = batch.number, layer, first
+            wire.fill(rows.rows, tensor[first : first + count], self.wire_dtype)
+            await self._write(request)
+
+    async def _receive(
+        self, batch: Batch, kind: str, layer: int | None, width: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the next tensor ``(tokens, width)`` in ``dtype``; ``layer`` None is any."""
+        found = torch.empty(batch.tokens, width, dtype=dtype)
+        what = kind.replace("_", " ") + ("" if layer is None else f" of layer {layer}")
+        at = 0
+        while at < batch.tokens:
+            rows: pb.Rows = getattr(await self._read(kind), kind)
+            if rows.batch != batch.number:
+                raise ProtocolError(f"{what}: of batch {rows.batch}, expected batch {batch.number}")
+            if layer is not None and rows.layer != layer:
+                raise ProtocolError(f"{what} should have come, but those of layer {rows.layer} did")
+            count = rows.rows.shape[0] if len(rows.rows.shape) == 2 else 0
+            if rows.first != at or not 1 <= count <= batch.tokens - at:
+                raise ProtocolError(
+                    f"{what}: {count} rows from row {rows.first}, expected rows from {at} of {batch.tokens}"
+                )
+            piece = wire.decode(rows.rows, dtype=self.wire_dtype, shape=(count, width), what=what)
+            found[at : at + count] = piece
+            at += count
+        return found
+
+    async def _expect_done(self, batch: Batch) -> None:
+        done = (await self._read("done")).done
+        if done.batch != batch.number:
+            raise ProtocolError(f"batch {done.batch} is said to be done, expected batch {batch.number}")
+
+    async def _write(self, request: pb.TuneRequest) -> None:
+        raw = request.SerializeToString()
+        self.traffic.messages_up += 1
+        self.traffic.bytes_up += len(raw) + FRAME_BYTES
+        await self._in_time(self._call.write(raw))
+
+    async def _read(self, kind: str) -> pb.TuneResponse:
+        """Return the next message, which has to be of ``kind``."""
+        raw: Any = await self._in_time(self._call.read())
+        if raw is grpc.aio.EOF:
+            raise await failure(self._call)
+        self.traffic.messages_down += 1
+        self.traffic.bytes_down += len(raw) + FRAME_BYTES
+        try:
+            message = pb.TuneResponse.FromString(raw)
+        except DecodeError:
+            raise ProtocolError(f"{len(raw)} bytes that are no message") from None
+        found = message.WhichOneof("message")
+        if found != kind:
+            raise ProtocolError(f"expected {kind.replace('_', ' ')}, got {(found or 'nothing known')!r}")
+        return message
+
+    async def _in_time(self, awaitable: Awaitable[T]) -> T:
+        return await asyncio.wait_for(awaitable, self._timeout_s)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for ``work`` on the connection's thread; if it is broken off, so is the stream."""
+        future = asyncio.run_coroutine_threadsafe(self._explained(work), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            self._loop.call_soon_threadsafe(self._call.cancel)
+            raise
+
+    async def _explained(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for ``work``; say in words what went wrong."""
+        try:
+            return await work
+        except (ProtocolError, wire.WireError) as broken:
+            error = SessionError(f"the cloud broke the protocol: {broken}")
+        except asyncio.TimeoutError:  # not the built-in one before 3.11
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            error = SessionError(f"nothing was heard of the cloud for {self._timeout_s:.0f} s", code)
+        except SessionError as ended:
+            error = ended
+        except Exception:
+            if not self._call.done():
+                raise
+            error = await failure(self._call)  # gRPC has private errors too for a stream that broke
+        self._call.cancel()
+        raise error from None
+
+    async def _close(self) -> None:
+        if not self._call.done():
+            try:
+                await self._call.done_writing()
+                await asyncio.wait_for(self._call.code(), 1.0)
+            except Exception:
+                self._call.cancel()
+
+
+def by_group(rows: Tensor, plan: Plan) -> Tensor:
+    """Return ``(tokens, groups * width)`` as a view ``(groups, tokens, width)``."""
+    return rows.view(rows.shape[0], plan.groups, -1).transpose(0, 1)
+
+
+def joined(groups: Tensor) -> Tensor:
+    """Return ``(groups, tokens, width)`` as ``(tokens, groups * width)``: undoes `by_group`."""
+    return groups.transpose(0, 1).reshape(groups.shape[1], -1)
