@@ -85,7 +85,7 @@ def test_more_takes_more(tmp_path: Path) -> None:
     assert tuning_bytes(g, plan, 5000, torch.float64, False, longest=50) > 1.9 * sizes[-1]
 
 
-# --- the arena ------------------------------------------------------------------------------------------------
+# --- the arena ---------------------------------------------------------------------------------------------
 
 
 def test_an_arena_keeps_graphs_and_their_gradients() -> None:
