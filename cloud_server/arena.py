@@ -41,7 +41,9 @@ class Arena:
         lives_elsewhere
             Whether a saved tensor is one that outlives the batch or that batches share, like a weight.
         """
-        copies: dict[int, Tensor] = {}  # by address: what is saved as two views is copied once
+        # By address: what is saved as two views is copied once. The original stays until the end, or what is
+        # computed next could come to lie at its address and be taken for it.
+        copies: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -50,9 +52,9 @@ class Arena:
                 return tensor
             if address not in copies:
                 whole = torch.empty(0, dtype=tensor.dtype).set_(storage)
-                copies[address] = self.copy(whole)
+                copies[address] = self.copy(whole), storage
             strides, offset = tensor.stride(), tensor.storage_offset()
-            base = copies[address]
+            base, _ = copies[address]
             return torch.empty(0, dtype=tensor.dtype).set_(
                 base.untyped_storage(), base.storage_offset() + offset, tensor.shape, strides
             )

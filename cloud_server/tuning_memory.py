@@ -39,7 +39,8 @@ def tuning_bytes(
         three gradients on the way back, ``2 d + qkv``, and the residual codes of the layers that one
         exchange feeds, on their way in or their gradients out.
     *working*, per token of the largest piece:
-        gradients inside one layer, ``4 w + 2 d + 2 qkv``; with checkpointing, also what is kept without.
+        gradients inside one layer, ``4 w + 2 d + 2 qkv``, and all that it computes, as under *kept*
+        without checkpointing: before it is copied to where it is kept, or when it is run again.
     *1.06*:
         holes that short-lived tensors leave in the allocator's heap; measured: 1.03 to 1.08.
 
@@ -73,8 +74,7 @@ def tuning_bytes(
     piece = min(tokens, max(piece_tokens, longest))
     working = e * (4 * w + 2 * d + 2 * qkv)
     passing = e * (2 * d + qkv) + fed * codes
-    if checkpointing:
-        working += max((_graph_bytes(geometry, layer, longest, e) for layer in _kept_layers(plan)), default=0)
+    working += max((_graph_bytes(geometry, layer, longest, e) for layer in _kept_layers(plan)), default=0)
     return int(HOLES * (kept + tokens * passing + piece * working))
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from cloud_server.arena import Arena
 from cloud_server.backbone import Backbone
 from cloud_server.tuning import TuneBatch
 from shared.plan import Plan
@@ -123,7 +124,9 @@ def tune_directly(
     tokens = sum(lengths)
     learner = Learner(plan, matrices, head.dtype)
     sent: deque[tuple[str, int, int, Tensor]] = deque()
-    batch = TuneBatch(backbone, plan, lengths, lambda *message: sent.append(message), **options)
+    size = options.pop("arena_bytes", 4 << 20)
+    arena = Arena(size) if size else None
+    batch = TuneBatch(backbone, plan, lengths, lambda *message: sent.append(message), arena=arena, **options)
     batch.put("hidden", 0, 0, head.embed(sequences))
     parts: dict[tuple[str, int], list[Tensor]] = {}
     loss, hidden = 0.0, torch.empty(0)

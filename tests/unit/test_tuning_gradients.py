@@ -120,6 +120,20 @@ def test_forward_only_gives_the_same_hidden_states_and_keeps_nothing(name: str, 
     assert not any(g.any() for g in gradients.values())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_where_it_is_kept_does_not_matter(name: str, checkpointing: bool, case_of) -> None:
+    case = case_of(name)
+    results = [
+        case.split(
+            "per-projection", SEQUENCES, checkpointing=checkpointing, arena_bytes=size, piece_tokens=40
+        )
+        for size in (4 << 20, 100_000, 0)
+    ]
+    for _, gradients, _ in results[1:]:
+        assert all(torch.equal(gradients[layer], g) for layer, g in results[0][1].items())
+
+
 def test_a_batch_that_is_sent_again_gives_the_same_bits(case_of) -> None:
     case = case_of("llama")
     (_, one, _), (_, two, _) = (case.split("per-projection", SEQUENCES, piece_tokens=40) for _ in range(2))
