@@ -59,8 +59,11 @@ class Arena:
                 base.untyped_storage(), base.storage_offset() + offset, tensor.shape, strides
             )
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+        finally:
+            copies.clear()  # the graph holds on to ``pack``
 
     def _take(self, count: int, dtype: torch.dtype) -> Tensor | None:
         """Return room for ``count`` elements, None if there is none."""

@@ -1,5 +1,6 @@
 """What a tuning batch keeps is what the formula says, for every family; and the arena that it is kept in."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,16 @@ def test_what_follows_at_the_same_address_is_not_taken_for_what_was_there() -> N
         out = run(x)
     found, expected = (torch.autograd.grad(y.sum(), x)[0] for y in (out, run(x)))
     assert arena.used == 20 * 64 * 64 * 4 and torch.equal(found, expected)
+
+
+def test_originals_go_when_the_copies_are_made() -> None:
+    arena, x = Arena(1 << 20), torch.randn(64, 64, requires_grad=True)
+    with arena.keeping(lambda _: False):
+        between = torch.tanh(x)
+        out = torch.tanh(between)
+    original = weakref.ref(between.untyped_storage())
+    del between
+    assert original() is None and out.grad_fn is not None
 
 
 def test_what_does_not_fit_is_kept_all_the_same() -> None:
