@@ -6,6 +6,7 @@ only with the same data, settings and model; `Identity.check` says what differs.
 examples only a digest, of the losses only numbers.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -14,8 +15,8 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from edge_client.tuning.config import TuneConfig
@@ -155,17 +156,24 @@ def load_checkpoint(path: Path) -> tuple[Identity, State]:
     if not path.is_file():
         raise CheckpointError(f"there is no run to resume at {path}")
     try:
-        with safe_open(path, framework="pt") as file:  # opened once: it may be replaced meanwhile
-            header = _Header.model_validate_json((file.metadata() or {}).get(METADATA_KEY, ""))
-            # into memory of their own, whose alignment, and so the bits of products, is torch's
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        raw = path.read_bytes()  # once: the file may be replaced while it is being read
+        header = _Header.model_validate_json(_metadata(raw))
+        # into memory of their own, whose alignment, and so the bits of products, is torch's
+        tensors = {name: tensor.clone() for name, tensor in load(raw).items()}
         state = _state(header, tensors)
-    except (SafetensorError, ValidationError, KeyError, OSError) as error:
+    except (SafetensorError, ValidationError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged, or written by another version of this program ({type(error).__name__}); "
             "begin anew with --restart"
         ) from None
     return header.identity, state
+
+
+def _metadata(raw: bytes) -> str:
+    """Return our text in the header of a safetensors file: its length in 8 bytes, then JSON."""
+    length = int.from_bytes(raw[:8], "little")
+    text: str = json.loads(raw[8 : 8 + length])["__metadata__"][METADATA_KEY]
+    return text
 
 
 def _state(header: _Header, tensors: dict[str, Tensor]) -> State:

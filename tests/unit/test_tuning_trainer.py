@@ -1,12 +1,14 @@
 """The tuning loop against the reference trained directly, and that no interruption changes a bit."""
 
+import dataclasses
 import json
 import stat
+import threading
 
 import pytest
 import torch
 
-from edge_client.session import SessionError
+from edge_client.streams import SessionError
 from edge_client.tuning import learner as learner_module
 from edge_client.tuning.checkpoint import (
     CheckpointError,
@@ -292,6 +294,34 @@ def test_a_checkpoint_is_private_and_complete(tmp_path):
         found = getattr(loaded, name)
         assert equal(found, value) if isinstance(value, dict) else found == value, name
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_read_whole(tmp_path):
+    """Either the old one or the new one, never a mixture of both."""
+    path, who, state = saved_run(tmp_path)
+    done = threading.Event()
+
+    def replace() -> None:
+        step = 0
+        while not done.is_set():
+            step += 1
+            # more losses, so that offsets in the file move
+            losses = [(n, float(step)) for n in range(step % 50)]
+            save_checkpoint(path, who, dataclasses.replace(state, step=step, train_losses=losses))
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        seen = set()
+        for _ in range(300):
+            _, found = load_checkpoint(path)
+            seen.add(found.step)
+            if found.step != state.step:
+                assert found.train_losses == [(n, float(found.step)) for n in range(found.step % 50)]
+    finally:
+        done.set()
+        writer.join()
+    assert len(seen) > 10, "nothing was replaced while it was read"
 
 
 @pytest.mark.parametrize("spoil", ["cut", "bit", "empty", "other"])
