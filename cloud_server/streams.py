@@ -7,8 +7,8 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from cloud_server.session import Refusal, invalid
+from shared.wire import FRAME_BYTES
 
-FRAME_BYTES = 5  # gRPC's own header on each message
 # gRPC ends the requests of a broken stream like those of a closed one, and cancels the handler just after.
 BROKEN_NOTICE_S = 0.01
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"

@@ -12,8 +12,6 @@ from cloud_server.session import Refusal
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
-ROWS_BYTES = 1 << 20  # of one message's elements: far from gRPC's cap, and the next can be made meanwhile
-
 
 class Budget:
     """Bytes that all tuning batches share."""
@@ -90,7 +88,7 @@ class TuneOutbox:
         first = self._waiting.popleft()
         if isinstance(first, pb.TuneResponse):
             return first
-        count = max(1, ROWS_BYTES // (first.rows.shape[1] * wire.TORCH_DTYPES[self.wire_dtype].itemsize))
+        count = max(1, wire.ROWS_BYTES // (first.rows.shape[1] * wire.TORCH_DTYPES[self.wire_dtype].itemsize))
         if count < len(first.rows):
             rest = Rows(first.batch, first.name, first.layer, first.first + count, first.rows[count:])
             self._waiting.appendleft(rest)

@@ -22,8 +22,8 @@ from edge_client.offer import CloudOffer, Limits
 from edge_client.padding import assemble, check_positions, new_columns, pick
 from edge_client.personal import PersonalWeights
 from edge_client.pool import SessionLike, SessionPool
-from edge_client.session import Traffic
 from edge_client.shell import Shell
+from edge_client.streams import Traffic
 from edge_client.tokenizer import EdgeTokenizer
 from shared.adapter import Adapter
 

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edge_client.session import Span, Traffic
+from edge_client.spans import Span
+from edge_client.streams import Traffic
 
 Tokens = Sequence[int]
 Embed = Callable[[list[int]], Tensor]  # token ids -> h0 (tokens, hidden_size) fp32

@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edge_client.session import Traffic
+from edge_client.streams import Traffic
 from shared.plan import Plan
 
 

@@ -18,60 +18,12 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from edge_client.personal import PersonalWeights
+from edge_client.spans import Span, cut
+from edge_client.streams import SessionError, Traffic, end, failure
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
-FRAME_BYTES = 5  # gRPC's own header on each message
 MAX_TENSOR_BYTES = 4 * 2**20 - 2**16  # gRPC's cap on a message, less room for everything else
-
-
-class SessionError(ConnectionError):
-    """The session ended: the cloud refused something, or the connection broke.
-
-    ``code`` is the gRPC status, None if the fault is not the cloud's to name. ``retry_after_s`` is the
-    cloud's hint, None if it gave none.
-    """
-
-    def __init__(
-        self, message: str, code: grpc.StatusCode | None = None, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message)
-        self.code, self.retry_after_s = code, retry_after_s
-
-
-@dataclass(frozen=True)
-class Span:
-    """``count`` new positions of a row, from ``start``; the last ``keep`` return hL."""
-
-    row: int
-    start: int
-    count: int
-    keep: int
-
-
-@dataclass
-class Traffic:
-    """What crossed the wire: protobuf messages plus gRPC's 5 bytes of framing each."""
-
-    round_trips: int = 0
-    messages_up: int = 0
-    messages_down: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def __sub__(self, other: "Traffic") -> "Traffic":
-        """Return what was added since ``other``."""
-        return Traffic(
-            self.round_trips - other.round_trips,
-            self.messages_up - other.messages_up,
-            self.messages_down - other.messages_down,
-            self.bytes_up - other.bytes_up,
-            self.bytes_down - other.bytes_down,
-        )
-
-    def copy(self) -> "Traffic":
-        """Return the figures as they are now."""
-        return self - Traffic()
 
 
 @dataclass(eq=False)
@@ -253,8 +205,7 @@ class Session:
             self._writing = False
 
     async def _send(self, raw: bytes) -> None:
-        self.traffic.messages_up += 1
-        self.traffic.bytes_up += len(raw) + FRAME_BYTES
+        self.traffic.sent(raw)
         await self._call.write(raw)
 
     async def _read_all(self) -> None:
@@ -284,8 +235,7 @@ class Session:
 
     def _parse(self, raw: object) -> pb.DecodeResponse:
         assert isinstance(raw, bytes)
-        self.traffic.messages_down += 1
-        self.traffic.bytes_down += len(raw) + FRAME_BYTES
+        self.traffic.received(raw)
         try:
             return pb.DecodeResponse.FromString(raw)
         except DecodeError:
@@ -355,42 +305,7 @@ class Session:
         self._fail(SessionError("the session was closed"))
         for task in self._tasks:
             task.cancel()
-        if not self._call.done():
-            try:
-                await self._call.done_writing()
-                await asyncio.wait_for(self._call.code(), 1.0)
-            except Exception:  # gRPC has private errors too for a stream that broke this very moment
-                self._call.cancel()
-
-
-async def failure(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> SessionError:
-    """Return why a stream ended, in words."""
-    code = await call.code()
-    details = await call.details()
-    retry = next((v for k, v in await call.trailing_metadata() or () if k == "retry-after-ms"), None)
-    if code == grpc.StatusCode.OK:
-        return SessionError("the cloud ended the session", code)
-    if code == grpc.StatusCode.UNAVAILABLE:
-        return SessionError(f"the connection to the cloud was lost ({details})", code)
-    hint = int(retry) / 1000 if isinstance(retry, str) and retry.isdigit() else None
-    return SessionError(f"the cloud refused ({code.name}): {details}", code, hint)
-
-
-def cut(spans: Sequence[Span], limit: int) -> list[list[Span]]:
-    """Cut spans into runs of at most ``limit`` positions, each kept position in the run that has it."""
-    runs: list[list[Span]] = []
-    room = 0
-    for span in spans:
-        start, end = span.start, span.start + span.count
-        while start < end:
-            if room == 0:
-                runs.append([])
-                room = limit
-            count = min(room, end - start)
-            keep = max(0, min(count, start + count - (end - span.keep)))
-            runs[-1].append(Span(span.row, start, count, keep))
-            start, room = start + count, room - count
-    return runs
+        await end(self._call)
 
 
 def _resolve(future: "Future[Any]", result: Any) -> None:

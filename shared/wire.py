@@ -19,6 +19,9 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 if sys.byteorder != "little":
     raise ImportError("the wire format is little-endian raw memory; big-endian machines are not supported")
 
+FRAME_BYTES = 5  # gRPC's own header on each message
+ROWS_BYTES = 1 << 20  # of one tuning message's elements: far from gRPC's cap, and the next is made meanwhile
+
 TORCH_DTYPES = {
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_FLOAT16: torch.float16,

@@ -22,8 +22,9 @@ from cloud_server.kv_cache import KvCache
 from cloud_server.session import Limits, Session
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.personal import PersonalWeights
-from edge_client.session import Span, Traffic, cut
 from edge_client.shell import build_shell
+from edge_client.spans import Span, cut
+from edge_client.streams import Traffic
 from shared import wire
 from shared.adapter import Adapter
 from shared.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ import grpc
 import torch
 from torch import Tensor
 
-from edge_client.session import SessionError
+from edge_client.streams import SessionError
 from edge_client.tuning.examples import Example
 from edge_client.tuning.loss import Head, loss_and_gradient, pack
 from edge_client.tuning.stream import Matrices, TuneLimits

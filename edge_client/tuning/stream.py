@@ -19,12 +19,11 @@ import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from edge_client.session import FRAME_BYTES, SessionError, Traffic, failure
+from edge_client.streams import SessionError, Traffic, end, failure
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 
-ROWS_BYTES = 1 << 20  # of one message's elements: far from gRPC's cap, and the next can be made meanwhile
 WIRE_DTYPES = (pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64)  # gradients underflow in float16
 
 Matrices = Mapping[int, Tensor]  # layer -> M (groups, r_c2d, r_d2c)
@@ -164,7 +163,7 @@ class TuneStream:
         """End the stream in order."""
         self._on_close(self)
         if not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(self._timeout_s)
+            asyncio.run_coroutine_threadsafe(end(self._call), self._loop).result(self._timeout_s)
 
     # --- on the connection's thread from here on --------------------------------------------------------
 
@@ -214,7 +213,7 @@ class TuneStream:
     async def _send(self, batch: Batch, kind: str, layer: int, tensor: Tensor) -> None:
         """Send a tensor ``(tokens, width)`` in as many messages as it takes."""
         row_bytes = tensor.shape[1] * wire.TORCH_DTYPES[self.wire_dtype].itemsize
-        count = max(1, ROWS_BYTES // row_bytes)
+        count = max(1, wire.ROWS_BYTES // row_bytes)
         for first in range(0, batch.tokens, count):
             request = pb.TuneRequest()
             rows: pb.Rows = getattr(request, kind)
@@ -252,8 +251,7 @@ class TuneStream:
 
     async def _write(self, request: pb.TuneRequest) -> None:
         raw = request.SerializeToString()
-        self.traffic.messages_up += 1
-        self.traffic.bytes_up += len(raw) + FRAME_BYTES
+        self.traffic.sent(raw)
         await self._in_time(self._call.write(raw))
 
     async def _read(self, kind: str) -> pb.TuneResponse:
@@ -261,8 +259,7 @@ class TuneStream:
         raw: Any = await self._in_time(self._call.read())
         if raw is grpc.aio.EOF:
             raise await failure(self._call)
-        self.traffic.messages_down += 1
-        self.traffic.bytes_down += len(raw) + FRAME_BYTES
+        self.traffic.received(raw)
         try:
             message = pb.TuneResponse.FromString(raw)
         except DecodeError:
@@ -302,14 +299,6 @@ class TuneStream:
             error = await failure(self._call)  # gRPC has private errors too for a stream that broke
         self._call.cancel()
         raise error from None
-
-    async def _close(self) -> None:
-        if not self._call.done():
-            try:
-                await self._call.done_writing()
-                await asyncio.wait_for(self._call.code(), 1.0)
-            except Exception:
-                self._call.cancel()
 
 
 def by_group(rows: Tensor, plan: Plan) -> Tensor:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from edge_client.connection import Connection
 from edge_client.personal import PersonalWeights
-from edge_client.session import Span
+from edge_client.spans import Span
 from shared.adapter import Adapter
 from shared.exactness import Greedy, compare, greedy
 from shared.fingerprint import Fingerprint

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import Limits
 from edge_client.personal import PersonalWeights
-from edge_client.session import Span
 from edge_client.shell import build_shell
+from edge_client.spans import Span
 from shared.adapter import Adapter
 from shared.fingerprint import Fingerprint
 from tests.families import plan_for

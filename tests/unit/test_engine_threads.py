@@ -9,7 +9,7 @@ import torch
 
 from cloud_server.backbone import Slice
 from cloud_server.kv_cache import KvCache
-from edge_client.session import Span
+from edge_client.spans import Span
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from tests.families import build, plan_for, save

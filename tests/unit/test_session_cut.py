@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.session import Span, cut
+from edge_client.spans import Span, cut
 
 SPAN = st.tuples(st.integers(0, 50), st.integers(1, 40)).flatmap(
     lambda sizes: st.builds(

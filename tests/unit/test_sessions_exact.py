@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from edge_client.session import Span
+from edge_client.spans import Span
 from shared.exactness import Greedy, compare, greedy
 from tests.families import FAMILIES, prompts
 from tests.features import WINDOW

@@ -9,7 +9,7 @@ import torch
 from cloud_server.backbone import Backbone
 from cloud_server.config import TuningConfig
 from cloud_server.session import Refusal
-from cloud_server.tune_outbox import ROWS_BYTES, Budget, Rows, TuneOutbox
+from cloud_server.tune_outbox import Budget, Rows, TuneOutbox
 from cloud_server.tune_queue import TuneQueue
 from cloud_server.tune_session import TuneLimits, TuneSession, most_tokens
 from shared import wire
@@ -286,7 +286,7 @@ async def test_a_tensor_goes_out_in_messages_of_bounded_size() -> None:
     at, parts = 40, []
     while outbox._waiting:
         part = (await outbox.get()).hidden
-        assert part.batch == 7 and part.first == at and len(part.rows.data) <= ROWS_BYTES
+        assert part.batch == 7 and part.first == at and len(part.rows.data) <= wire.ROWS_BYTES
         shape = tuple(part.rows.shape)
         parts.append(wire.decode(part.rows, dtype=pb.DTYPE_FLOAT32, shape=shape, what="it"))
         at += shape[0]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_client.session import SessionError
-from edge_client.tuning import stream as stream_module
+from edge_client.streams import SessionError
 from edge_client.tuning.stream import TuneStream
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -205,7 +204,7 @@ def batch_of(cloud: Scripted, stream: TuneStream) -> dict[int, Tensor]:
 def test_a_batch_there_and_back(
     plan: Plan, chunk: int, monkeypatch: pytest.MonkeyPatch, scripted: Any
 ) -> None:
-    monkeypatch.setattr(stream_module, "ROWS_BYTES", 100)  # tensors take several messages
+    monkeypatch.setattr(wire, "ROWS_BYTES", 100)  # tensors take several messages
     cloud = scripted(plan, chunk)
     stream = cloud.connect()
     assert (stream.limits.max_batch_tokens, stream.limits.max_sequence_tokens) == (50, 40)

@@ -7,7 +7,7 @@ import grpc
 import torch
 from torch import Tensor
 
-from edge_client.session import SessionError
+from edge_client.streams import SessionError
 from edge_client.tuning.checkpoint import State
 from edge_client.tuning.config import TuneConfig
 from edge_client.tuning.examples import IGNORED, Example

@@ -1,0 +1,86 @@
+"""What every stream to the cloud needs: its traffic counted, its end said in words, an orderly close.
+
+Knows nothing about what the messages mean.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+import grpc
+
+from shared.wire import FRAME_BYTES
+
+CLOSE_TIMEOUT_S = 1.0  # for the cloud to confirm the end of a stream
+
+
+class SessionError(ConnectionError):
+    """The session ended: the cloud refused something, or the connection broke.
+
+    ``code`` is the gRPC status, None if the fault is not the cloud's to name. ``retry_after_s`` is the
+    cloud's hint, None if it gave none.
+    """
+
+    def __init__(
+        self, message: str, code: grpc.StatusCode | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code, self.retry_after_s = code, retry_after_s
+
+
+@dataclass
+class Traffic:
+    """What crossed the wire: protobuf messages plus gRPC's framing."""
+
+    round_trips: int = 0
+    messages_up: int = 0
+    messages_down: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def sent(self, raw: bytes) -> None:
+        """Count a message that goes up."""
+        self.messages_up += 1
+        self.bytes_up += len(raw) + FRAME_BYTES
+
+    def received(self, raw: bytes) -> None:
+        """Count a message that came down."""
+        self.messages_down += 1
+        self.bytes_down += len(raw) + FRAME_BYTES
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        """Return what was added since ``other``."""
+        return Traffic(
+            self.round_trips - other.round_trips,
+            self.messages_up - other.messages_up,
+            self.messages_down - other.messages_down,
+            self.bytes_up - other.bytes_up,
+            self.bytes_down - other.bytes_down,
+        )
+
+    def copy(self) -> "Traffic":
+        """Return the figures as they are now."""
+        return self - Traffic()
+
+
+async def failure(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> SessionError:
+    """Return why a stream ended, in words."""
+    code = await call.code()
+    details = await call.details()
+    retry = next((v for k, v in await call.trailing_metadata() or () if k == "retry-after-ms"), None)
+    if code == grpc.StatusCode.OK:
+        return SessionError("the cloud ended the session", code)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return SessionError(f"the connection to the cloud was lost ({details})", code)
+    hint = int(retry) / 1000 if isinstance(retry, str) and retry.isdigit() else None
+    return SessionError(f"the cloud refused ({code.name}): {details}", code, hint)
+
+
+async def end(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> None:
+    """End a stream in order if it is still there, so that the cloud frees what it holds at once."""
+    if call.done():
+        return
+    try:
+        await call.done_writing()
+        await asyncio.wait_for(call.code(), CLOSE_TIMEOUT_S)
+    except Exception:  # gRPC has private errors too for a stream that broke this very moment
+        call.cancel()
