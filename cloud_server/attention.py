@@ -5,7 +5,7 @@ projections, norms and rotary embedding. Knows nothing about residuals, steps or
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,19 @@ ATTENTION_NAME = "privatelora_ragged"
 TOGETHER_POSITIONS = {"cpu": 384, "cuda": 8192}
 
 
+class Asked(NamedTuple):
+    """What a layer asks of attention besides its queries, keys and values."""
+
+    layer: int
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 class Attends(Protocol):
     """What a batch must offer: attention of its own tokens at one layer."""
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return ``(heads, tokens, head_dim)`` for ``q (heads, tokens, head_dim)``."""
 
 
@@ -53,15 +53,8 @@ def ragged_attention(
 
     ``attention_mask`` is unused: ``batch`` knows what is visible.
     """
-    out = batch.attend(
-        module.layer_idx,  # type: ignore[arg-type]
-        query[0],
-        key[0],
-        value[0],
-        scaling,
-        sliding_window,
-        softcap,
-    )
+    asked = Asked(module.layer_idx, scaling, sliding_window, softcap)  # type: ignore[arg-type]
+    out = batch.attend(asked, query[0], key[0], value[0])
     return out.transpose(0, 1).unsqueeze(0), None
 
 
@@ -96,28 +89,19 @@ class CachedAttention:
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _together: dict[int | None, tuple[Tensor, Tensor] | None] = field(default_factory=dict)  # by window
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v of the new positions, then attend row by row."""
-        pool = self.cache.keys_values(layer)  # (2, kv_heads, slots, head_dim)
+        pool = self.cache.keys_values(asked.layer)  # (2, kv_heads, slots, head_dim)
         if self._slots is None:
             self._slots = torch.cat([p.table.slots(p.end)[p.start :] for p in self.parts]).to(pool.device)
         pool[0].index_copy_(1, self._slots, k)
         pool[1].index_copy_(1, self._slots, v)
         if len(self.parts) > 1:
-            together = self._laid_out(window, q.dtype, q.device)
+            together = self._laid_out(asked.window, q.dtype, q.device)
             if together is not None:
-                return _attend_rows(q, pool, *together, scale, softcap)
+                return _attend_rows(q, pool, *together, asked.scale, asked.softcap)
         outs = [
-            self._attend_part(index, pool, q[:, part.lo : part.hi], scale, window, softcap)
+            self._attend_part(index, pool, q[:, part.lo : part.hi], asked)
             for index, part in enumerate(self.parts)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)  # (heads, tokens, head_dim)
@@ -146,10 +130,8 @@ class CachedAttention:
                 self._together[window] = slots.view(-1).to(device), mask.to(device)
         return self._together[window]
 
-    def _attend_part(
-        self, index: int, pool: Tensor, q: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        part = self.parts[index]
+    def _attend_part(self, index: int, pool: Tensor, q: Tensor, asked: Asked) -> Tensor:
+        part, (_, scale, window, softcap) = self.parts[index], asked
         first = 0 if window is None else max(0, part.start + 1 - window)
         if part.table.contiguous:
             base = part.table.base

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cloud_server.attention import Attends, attend_one, visible
-from cloud_server.lean import Asked, Call, LeanLayer, Rotary, UnknownStructureError, fused_norm, product
+from cloud_server.attention import Asked, Attends, attend_one, visible
+from cloud_server.lean import Call, LeanLayer, Rotary, UnknownStructureError, fused_norm, product
 from shared.families import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -210,38 +210,20 @@ class _Listener:
 
     asked: Asked | None = None
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return something of the right shape."""
-        self.asked = Asked(layer, scale, window, softcap)
+        self.asked = asked
         return q
 
 
 class _Causal:
     """Attention of one row from its first position on, without a cache; see `Attends`."""
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend within the window."""
-        hidden = ~visible(0, q.shape[1], 0, window, q.device).repeat(q.shape[0] // k.shape[0], 1)
+        hidden = ~visible(0, q.shape[1], 0, asked.window, q.device).repeat(q.shape[0] // k.shape[0], 1)
         mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -math.inf)
-        return attend_one(q, k, v, scale, mask, softcap)
+        return attend_one(q, k, v, asked.scale, mask, asked.softcap)
 
 
 def _arguments(rotary: Rotary, batch: Attends) -> dict[str, Any]:

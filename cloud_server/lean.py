@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cloud_server.attention import Attends
+from cloud_server.attention import Asked, Attends
 
 Call = Callable[[Tensor], Tensor]
 FEW_TOKENS = (4, 64)  # see `product`
@@ -146,15 +146,6 @@ class Product:
         return base + self(x)
 
 
-class Asked(NamedTuple):
-    """What a layer asks of attention besides its queries, keys and values; see `Attends`."""
-
-    layer: int
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
 class LeanLayer:
     """What a decoder layer does with its q, k and v products.
 
@@ -203,8 +194,7 @@ class LeanLayer:
         if self.head_norm is not None:
             qk = self.head_norm(qk)
         qk = rotate(qk, rotary)  # (heads + kv_heads, tokens, head_dim): both in one go
-        layer, scale, window, softcap = self.asked
-        seen = batch.attend(layer, qk[:heads], qk[heads:], v, scale, window, softcap)
+        seen = batch.attend(self.asked, qk[:heads], qk[heads:], v)
         seen = seen.transpose(0, 1).reshape(tokens, -1)  # (tokens, q_dim)
         if not self.sandwich:
             hidden = self.out.onto(hidden, seen)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cloud_server.attention import visible
+from cloud_server.attention import Asked, visible
 
 BLOCK_POSITIONS = 128  # fewest queries that attend together within a window: fewer would be many small calls
 
@@ -28,20 +28,12 @@ class PackedAttention:
     lengths: Sequence[int]
     _masks: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return ``(heads, tokens, head_dim)`` for ``q (heads, tokens, head_dim)``.
 
         Query heads that share a key head are a batch over one view of it: keys and values are not copied.
         """
+        _, scale, window, softcap = asked
         heads, tokens, head_dim = q.shape
         kv_heads, group = k.shape[0], heads // k.shape[0]
         grouped = q.view(kv_heads, group, tokens, head_dim)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from cloud_server.attention import ATTENTION_NAME
+from cloud_server.attention import ATTENTION_NAME, Asked
 from cloud_server.backbone import Backbone
 from cloud_server.layer import PROBE_TOKENS, Layer, Probe
 from cloud_server.lean import FusedNorm, Rotary, fused_norm
@@ -34,16 +34,8 @@ TOLERANCE = 1e-5  # of the largest value
 class Eager:
     """Attention written out, one head after the other: nothing shared with what is tested."""
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _, scale, window, softcap = asked
         heads = []
         for head, query in enumerate(q):
             group = head * len(k) // len(q)
