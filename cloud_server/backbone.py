@@ -1,15 +1,15 @@
 """The frozen decoder layers, run in segments over a ragged batch.
 
 An adapted layer runs in two calls: ``emit`` makes the codes xA (and ``stash`` the base q, k, v
-products while the codes are in flight), ``run`` is the layer itself, whose wrapped projections
-return stash + residual. What a layer is and how it runs is `cloud_server.layer`'s matter. Knows nothing
-about tokens, personal weights or the network.
+products while the codes are in flight), ``run`` is the layer itself on stash + residual. What a layer is
+and how it runs is `cloud_server.layer`'s matter, what A and B add `cloud_server.residuals`'s. Knows
+nothing about tokens, personal weights or the network.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +19,12 @@ from cloud_server.attention import ATTENTION_NAME, CachedAttention, Part
 from cloud_server.kv_cache import KvCache, Table
 from cloud_server.layer import PROBE_TOKENS, Layer, Probe
 from cloud_server.lean import Rotary
+from cloud_server.residuals import Residuals
 from cloud_server.step import Step
-from shared.families import Geometry, geometry, layer_types, rope_parameters
+from shared.families import geometry, layer_types, rope_parameters
 from shared.lowrank import LowRank
 from shared.models import Checkpoint
 from shared.plan import Plan
-
-# Columns of z, columns of q|k|v (None: all), and what the former are multiplied with for the latter.
-Residual: TypeAlias = "tuple[slice | None, slice | None, Tensor]"
-
-FEW_TOKENS = 16  # for so few, one product with zeros in it takes less time than one for each projection
 
 
 @dataclass
@@ -120,23 +116,7 @@ class Backbone:
             module.eval().requires_grad_(False)
             rotary_key = kinds[layer] if kinds[layer] in self.rotary_kinds else "all"
             self.layers[layer] = Layer(module, rotary_key, lean=probe.agrees(module, rotary_key))
-        wide = torch.promote_types(dtype, torch.float32)
-        self._lowrank = {
-            name: (
-                {layer: a.to(self.device, dtype) for layer, a in lowrank.a.items()},
-                {
-                    layer: _products((b.to(wide) * plan.scale).to(self.device, dtype), plan, self.geometry)
-                    for layer, b in lowrank.b.items()
-                },
-            )
-            for name, (plan, lowrank) in plans.items()
-        }
-
-        self._spread = {
-            (name, layer): _spread_out(products, self.plans[name], self.geometry)
-            for name, (_, by_number) in self._lowrank.items()
-            for layer, products in by_number.items()
-        }
+        self.residuals = Residuals(plans, self.geometry, dtype=dtype, device=self.device)
 
     def rotary(self, positions: Tensor) -> dict[str, Rotary]:
         """Return what rotates queries and keys at ``positions (tokens,)``, by layer type (or "all")."""
@@ -158,7 +138,7 @@ class Backbone:
             step.normed, step.emitted = part, layer
         for _, same_plan in groupby(steps, key=lambda step: step.plan.name):
             alike = list(same_plan)
-            a = self._lowrank[alike[0].plan.name][0][layer]  # (hidden_size, codes_width)
+            a = self.residuals.a(alike[0].plan, layer)  # (hidden_size, codes_width)
             # One product for all of them where they share a plan, which is the common case.
             shared = x if len(alike) == len(steps) else _cat([_of(step.normed) for step in alike])
             codes += _split(shared @ a, alike)
@@ -233,58 +213,9 @@ class Backbone:
             count = sum(s.hi - s.lo for s in alike)
             if number in plan.adapted_layers:
                 z = _cat([s.step.residual_codes[number][s.lo : s.hi] for s in alike])
-                self.add_residual(qkv[at : at + count], z, plan, number)
+                self.residuals.add(qkv[at : at + count], z, plan, number)
             at += count
         return qkv
-
-    def a(self, plan: Plan, layer: int) -> Tensor:
-        """Return A of an exchanging layer: ``(hidden_size, codes_width)``."""
-        return self._lowrank[plan.name][0][layer]
-
-    def add_residual(self, qkv: Tensor, z: Tensor, plan: Plan, layer: int) -> None:
-        """Add ``scale * zB`` in place. ``z (tokens, groups * r_d2c)``."""
-        if z.shape[0] <= FEW_TOKENS:
-            qkv.addmm_(z, self._spread[plan.name, layer])
-            return
-        for of_z, of_qkv, b in self._lowrank[plan.name][1][layer]:
-            _columns(qkv, of_qkv).addmm_(_columns(z, of_z), b)
-
-    def residual_codes_gradient(self, gradient: Tensor, plan: Plan, layer: int) -> Tensor:
-        """Return dL/dz ``(tokens, groups * r_d2c)`` for dL/dqkv ``(tokens, q_dim + 2 kv_dim)``."""
-        dz = gradient.new_zeros(gradient.shape[0], plan.residual_width)
-        for of_z, of_qkv, b in self._lowrank[plan.name][1][layer]:
-            _columns(dz, of_z).addmm_(_columns(gradient, of_qkv), b.t())
-        return dz
-
-
-def _products(b: Tensor, plan: Plan, g: Geometry) -> list[Residual]:
-    """Return the products that make up ``scale * zB``, for ``b (r_d2c, d_out)`` with the scale in it."""
-    if plan.layout == "fused" and len(plan.targets) == 3:
-        return [(None, None, b)]
-    at = {"q": 0, "k": g.q_dim, "v": g.q_dim + g.kv_dim}
-    products: list[Residual] = []
-    column = 0
-    for index, target in enumerate(plan.targets):
-        width = g.out_dim(target)
-        group = None if plan.layout == "fused" else slice(index * plan.r_d2c, (index + 1) * plan.r_d2c)
-        rows = slice(at[target], at[target] + width)
-        products.append((group, rows, b[:, column : column + width]))
-        column += width
-    return products
-
-
-def _spread_out(products: list[Residual], plan: Plan, g: Geometry) -> Tensor:
-    """Return the products as one matrix ``(groups * r_d2c, q_dim + 2 kv_dim)`` with zeros in between."""
-    if len(products) == 1 and products[0][:2] == (None, None):
-        return products[0][2]
-    spread = products[0][2].new_zeros(plan.residual_width, g.q_dim + 2 * g.kv_dim)
-    for of_z, of_qkv, b in products:
-        _columns(spread if of_z is None else spread[of_z], of_qkv).copy_(b)
-    return spread
-
-
-def _columns(tensor: Tensor, which: slice | None) -> Tensor:
-    return tensor if which is None else tensor[:, which]
 
 
 def _of(tensor: Tensor | None) -> Tensor:

@@ -161,7 +161,7 @@ class TuneBatch:
 
     def _emit(self, piece: Piece) -> None:
         piece.normed = self.backbone.layers[piece.layer].norm(self._input(piece))
-        codes = piece.normed @ self.backbone.a(self.plan, piece.layer)  # (tokens, codes_width)
+        codes = piece.normed @ self.backbone.residuals.a(self.plan, piece.layer)  # (tokens, codes_width)
         self._send("codes", piece.layer, piece, codes)
         piece.stage = Stage.STASH
 
@@ -195,7 +195,7 @@ class TuneBatch:
         layer = self.backbone.layers[number]
         qkv = layer.base(layer.norm(hidden)) if base is None else base
         if z is not None:
-            self.backbone.add_residual(qkv, z, self.plan, number)
+            self.backbone.residuals.add(qkv, z, self.plan, number)
         return qkv
 
     def _with_graph(
@@ -240,7 +240,7 @@ class TuneBatch:
         wanted = (products,) if number == self.bottom else (products, hidden)
         of_qkv, *of_hidden = torch.autograd.grad((kept.end,), wanted, (gradient,))
         if number in self.plan.adapted_layers:
-            dz = self.backbone.residual_codes_gradient(of_qkv, self.plan, number)
+            dz = self.backbone.residuals.residual_codes_gradient(of_qkv, self.plan, number)
             self._send("residual_codes_gradient", number, piece, dz)
         if number == self.bottom:
             piece.stage = Stage.DONE
@@ -252,7 +252,7 @@ class TuneBatch:
         number, of_normed = piece.layer, _of(piece.normed_gradient)
         if number in self.plan.exchange_layers:
             dc = self._take("codes_gradient", number, piece)
-            of_normed.addmm_(dc, self.backbone.a(self.plan, number).t())
+            of_normed.addmm_(dc, self.backbone.residuals.a(self.plan, number).t())
         hidden = _of(piece.hidden).requires_grad_()
         with torch.enable_grad():
             normed = self.backbone.layers[number].norm(hidden)

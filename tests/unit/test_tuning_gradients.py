@@ -145,10 +145,10 @@ def test_a_wrong_gradient_would_be_seen(case_of) -> None:
     case = case_of("llama")
     plan = case.plans["per-projection"]
     _, expected = case.expected("per-projection")
-    a = case.backbone._lowrank[plan.name][0]
-    right, a[3] = a[3], torch.zeros_like(a[3])  # codes of layer 3 are zero: its M learns nothing
+    a, at = case.backbone.residuals._a, (plan.name, 3)
+    right, a[at] = a[at], torch.zeros_like(a[at])  # codes of layer 3 are zero: its M learns nothing
     try:
         _, gradients, _ = case.split("per-projection", SEQUENCES)
     finally:
-        a[3] = right
+        a[at] = right
     assert all((gradients[layer] - g).norm() > 1e-3 * g.norm() for layer, g in expected.items())
