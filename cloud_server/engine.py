@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cloud_server.backbone import Backbone, Slice
 from cloud_server.config import EngineConfig
-from cloud_server.kv_cache import KvCache, Row
+from cloud_server.kv_cache import KvCache
 from cloud_server.step import Step
 
 log = logging.getLogger(__name__)
@@ -58,14 +58,14 @@ class Engine:
         self._cost = 50e-6  # seconds per token and layer, learned; decides slices and threads
         self._short_batch_s = 0.0  # how long a batch of short steps takes, learned; decides waiting
         self._pass_s = 0.0  # how long a short step takes from its arrival to its end, learned
-        self._resting: dict[Row, float] = {}  # rows of short steps that ended, and when
+        self._resting: dict[object, float] = {}  # sessions whose short step has ended, and when
         self._wake = asyncio.Event()
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
 
     def submit(self, step: Step) -> None:
         """Admit a step. Its rows must be reserved in the cache."""
         self.steps.add(step)
-        self._resting.pop(step.spans[0].row, None)
+        self._resting.pop(step.owner, None)
         step.submitted_at = time.monotonic()
         self._enqueue(step)
 
@@ -80,6 +80,11 @@ class Engine:
         self.steps.discard(step)
         if step in self.ready:
             self.ready.remove(step)
+
+    def leave(self, owner: object) -> None:
+        """Expect no further step of a session."""
+        if self._resting.pop(owner, None) is not None:
+            self._wake.set()  # somebody may be waiting for its company
 
     def wake(self) -> None:
         """Say that there is something to do."""
@@ -144,7 +149,7 @@ class Engine:
         """
         recent = now - self.config.fairness_s
         if first.layer == first.plan.cloud_layers.start and first.emitted < first.layer:
-            self._resting = {row: since for row, since in self._resting.items() if since > recent}
+            self._resting = {owner: since for owner, since in self._resting.items() if since > recent}
             return self.config.start_wait_share * self._pass_s if self._resting else 0.0
         awaited = any(
             step.layer == first.layer == step.emitted
@@ -227,7 +232,7 @@ class Engine:
             if step.finished:
                 self.steps.discard(step)
                 if step.longest <= self.config.short_step_tokens:
-                    self._resting[step.spans[0].row] = now = time.monotonic()
+                    self._resting[step.owner] = now = time.monotonic()
                     self._pass_s += 0.1 * (now - step.submitted_at - self._pass_s)
                 step.before = None  # or a stream that always has two in flight keeps all it ever sent
                 step.on_done(step, step.kept_hidden())

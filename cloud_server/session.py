@@ -4,10 +4,8 @@ Checks every message against the plan and the limits before anything is changed.
 gRPC streams; what it has to say goes to ``outbox``.
 """
 
-import asyncio
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,12 +14,11 @@ from torch import Tensor
 
 from cloud_server.engine import Engine
 from cloud_server.kv_cache import KvFullError, Row
+from cloud_server.outbox import Outbox
 from cloud_server.step import RowSpan, Step
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
-
-OUTBOX_MESSAGES = 16  # more than an edge that reads ever leaves waiting
 
 
 class Refusal(Exception):
@@ -45,43 +42,6 @@ class Limits:
     max_step_tokens: int
     max_rows: int
     max_steps_in_flight: int
-
-
-class Outbox:
-    """Messages on their way to one edge, in order."""
-
-    def __init__(self) -> None:
-        self._messages: deque[pb.DecodeResponse] = deque()
-        self._filled = asyncio.Event()
-        self._taken = asyncio.Event()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so much waits for the edge that no more should be asked of us."""
-        return len(self._messages) >= OUTBOX_MESSAGES
-
-    async def has_room(self) -> None:
-        """Wait until the edge has read enough."""
-        while self.is_full:
-            self._taken.clear()
-            await self._taken.wait()
-
-    def put(self, message: pb.DecodeResponse) -> None:
-        """Add a message; never waits."""
-        self._messages.append(message)
-        self._filled.set()
-
-    async def get(self) -> pb.DecodeResponse:
-        """Return the next message."""
-        while not self._messages:
-            self._filled.clear()
-            await self._filled.wait()
-        self._taken.set()
-        return self._messages.popleft()
-
-    def clear(self) -> None:
-        """Forget what was not sent: the stream is gone."""
-        self._messages.clear()
 
 
 @dataclass(eq=False)
@@ -142,6 +102,7 @@ class Session:
             hidden=hidden,
             on_codes=self._send_codes,
             on_done=self._send_hidden,
+            owner=self,
             before=next(reversed(self.steps.values()), None),
             residual_codes=known,
         )
@@ -189,12 +150,14 @@ class Session:
         self._cancel(list(self.steps.values()))
         for row in self.rows:
             self.engine.cache.crop(row, row.written)
+        self.engine.leave(self)
         self.outbox.clear()
         self.dropped_at = time.monotonic()
 
     def close(self) -> None:
         """Give everything back."""
         self._cancel(list(self.steps.values()))
+        self.engine.leave(self)
         while self.rows:
             self.engine.cache.free(self.rows.pop())
 

@@ -41,6 +41,7 @@ class Step:
     hidden: Tensor  # (tokens, hidden_size)
     on_codes: Callable[["Step", int, Tensor], None]
     on_done: Callable[["Step", Tensor], None]
+    owner: object = field(default_factory=object)  # the session that it is a step of
     before: "Step | None" = None  # the session's previous step: its keys and values must be there first
     layer: int = 0
     offset: int = 0

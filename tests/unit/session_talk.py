@@ -33,12 +33,16 @@ class StandIn:
         self.backbone = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
         self.steps: list[Step] = []
         self.answers: list[tuple[int, list[int]]] = []
+        self.left: list[object] = []
 
     def submit(self, step: Step) -> None:
         self.steps.append(step)
 
     def cancel(self, step: Step) -> None:
         self.steps.remove(step)
+
+    def leave(self, owner: object) -> None:
+        self.left.append(owner)
 
     def answer(self, step: Step, codes: dict[int, torch.Tensor]) -> None:
         self.answers.append((step.number, list(codes)))

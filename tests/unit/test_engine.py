@@ -214,6 +214,46 @@ async def test_everybody_who_was_waited_with_may_be_cancelled() -> None:
         await bench.until(lambda: bench.done == [3])
 
 
+async def test_sessions_that_have_a_token_now_are_waited_for() -> None:
+    """The next step of one waits at the first layer for the next step of the other."""
+    bench = Bench(start_wait_share=1.0)
+    async with bench.serving():
+        for number, owner in enumerate("ab"):
+            bench.submit(number, owner=owner)
+        await bench.until(lambda: len(bench.done) == 2)
+        bench.engine._pass_s = 5.0
+        bench.submit(2, owner="a")
+        await bench.settle()
+        assert len(bench.done) == 2, "it should wait for the other session"
+        bench.submit(3, owner="b")
+        await bench.until(lambda: len(bench.done) == 4)
+    assert bench.backbone.runs(0)[-1] == [(2, 0, 1), (3, 0, 1)]
+
+
+async def test_a_session_does_not_wait_for_itself_whatever_its_rows() -> None:
+    """Beams: a token's rows are forked and rearranged, so the next step's first row is another one."""
+    bench = Bench(start_wait_share=1.0)
+    async with bench.serving():
+        for number in range(3):
+            bench.submit(number, owner="a")  # of a new row each
+            await bench.until(lambda count=number + 1: len(bench.done) == count)
+            bench.engine._pass_s = 5.0
+
+
+async def test_a_session_that_left_is_not_waited_for() -> None:
+    bench = Bench(start_wait_share=1.0, fairness_s=5.0)
+    async with bench.serving():
+        for number, owner in enumerate("ab"):
+            bench.submit(number, owner=owner)
+        await bench.until(lambda: len(bench.done) == 2)
+        bench.engine._pass_s = 5.0
+        bench.submit(2, owner="a")
+        await bench.settle()
+        assert len(bench.done) == 2
+        bench.engine.leave("b")
+        await bench.until(lambda: len(bench.done) == 3)
+
+
 # --- short before long --------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ import grpc
 import pytest
 
 from cloud_server.kv_cache import Row
-from cloud_server.session import OUTBOX_MESSAGES, Outbox, Refusal
+from cloud_server.outbox import OUTBOX_MESSAGES, Outbox
+from cloud_server.session import Refusal
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from tests.unit.session_talk import BLOCK_BYTES, Talk, two_rows
 
@@ -71,6 +72,7 @@ def test_closing_gives_everything_back(talk: Talk) -> None:
     talk.step((0, 5, 40, 1), (1, 3, 1, 1), (2, 0, 1, 1))
     talk.session.close()
     assert talk.engine.cache.bytes_used == 0 and talk.engine.steps == [] and talk.session.rows == []
+    assert talk.engine.left == [talk.session], "nobody should wait for its next token"
     talk.session.close()  # twice is no harm
 
 
@@ -81,6 +83,7 @@ def test_a_dropped_session_holds_what_is_written(talk: Talk) -> None:
     talk.session.drop()
     assert talk.lengths == talk.session.row_lengths() == [5, 3]
     assert talk.engine.steps == [] and talk.engine.cache.bytes_used == 2 * BLOCK_BYTES
+    assert talk.engine.left == [talk.session], "nobody should wait for its next token"
     talk.step((0, 5, 1, 1), finish=True)
     assert talk.session.row_lengths() == [6, 3]
 
