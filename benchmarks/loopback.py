@@ -87,10 +87,13 @@ def rate(times: list[float], rows: int = 1) -> float:
 def decode_many(model: Any, prompts: Tensor, tokens: int) -> tuple[float, float]:
     """Return aggregate tokens/s of one thread per session, and the slowest's share of the median."""
     runs: list[list[float]] = []
-    threads = [
-        threading.Thread(target=lambda p=prompt: runs.append(decode(model, p[None], tokens)))
-        for prompt in prompts
-    ]
+
+    def session(prompt: Tensor) -> None:
+        if len(prompts) > 1:
+            torch.set_num_threads(1)  # of this thread: the sessions share the cores among themselves
+        runs.append(decode(model, prompt[None], tokens))
+
+    threads = [threading.Thread(target=session, args=(prompt,)) for prompt in prompts]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -165,6 +168,7 @@ def main() -> None:
         CloudProcess(arguments.model, arguments.dtype, serve) as cloud,
         PrivateLoraForCausalLM.from_cloud(cloud.address) as split,
     ):
+        assert split.connection is not None
         figures["edge_rss_mib"] = memory_bytes()[0] >> 20
         plain = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=getattr(torch, arguments.dtype))
         figures["edge_and_reference_rss_mib"] = memory_bytes()[0] >> 20
@@ -192,10 +196,14 @@ def main() -> None:
 
             head = plain.lm_head
             plain.lm_head = RowByRow(head) if count > 1 else head
+            before = split.connection.describe()
             many, reference = in_turn(arguments.rounds, ours, theirs)
+            after = split.connection.describe()
             plain.lm_head = head
             figures[f"decode_{count}"] = compared([mine for mine, _ in many], reference)
             figures[f"decode_{count}"]["slowest_of_median"] = round(min(share for _, share in many), 3)
+            steps, batches = after.batched_steps - before.batched_steps, after.batches - before.batches
+            figures[f"decode_{count}"]["mean_batch"] = round(steps / batches, 2)
         figures["cloud_rss_mib"] = memory_bytes(cloud.pid)[0] >> 20
     print(json.dumps(figures))
 

@@ -88,6 +88,8 @@ class Service:
             compute_dtype=wire.DTYPE_NAMES[self.config.dtype],
             kv_bytes_used=self.engine.cache.bytes_used,
             kv_bytes_total=self.engine.cache.bytes_total,
+            batches=self.engine.batches.count,
+            batched_steps=self.engine.batches.steps,
         )
         return response.SerializeToString()
 

@@ -245,6 +245,8 @@ class DescribeResponse(_message.Message):
     COMPUTE_DTYPE_FIELD_NUMBER: _builtins.int
     KV_BYTES_USED_FIELD_NUMBER: _builtins.int
     KV_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    BATCHED_STEPS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     server_version: _builtins.str
     compute_dtype: Global___Dtype.ValueType
@@ -252,6 +254,9 @@ class DescribeResponse(_message.Message):
     kv_bytes_used: _builtins.int
     """Bytes of KV cache in use and in all."""
     kv_bytes_total: _builtins.int
+    batches: _builtins.int
+    """Batches run since the start, and the steps in them: their ratio over some time is the mean batch."""
+    batched_steps: _builtins.int
     @_builtins.property
     def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanOffer]: ...
     @_builtins.property
@@ -269,10 +274,12 @@ class DescribeResponse(_message.Message):
         compute_dtype: Global___Dtype.ValueType = ...,
         kv_bytes_used: _builtins.int = ...,
         kv_bytes_total: _builtins.int = ...,
+        batches: _builtins.int = ...,
+        batched_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "edge_parts", b"edge_parts", "kv_bytes_total", b"kv_bytes_total", "kv_bytes_used", b"kv_bytes_used", "limits", b"limits", "plans", b"plans", "protocol_version", b"protocol_version", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched_steps", b"batched_steps", "batches", b"batches", "compute_dtype", b"compute_dtype", "edge_parts", b"edge_parts", "kv_bytes_total", b"kv_bytes_total", "kv_bytes_used", b"kv_bytes_used", "limits", b"limits", "plans", b"plans", "protocol_version", b"protocol_version", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

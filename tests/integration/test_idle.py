@@ -1,0 +1,44 @@
+"""A cloud with little patience: sessions whose edge says nothing are cut off."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from benchmarks.processes import CloudProcess
+from tests.families import build, tokenizer
+from tests.integration.raw_edge import RawEdge
+from tests.integration.served import TINY_PLANS
+
+Code = grpc.StatusCode
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> Iterator[CloudProcess]:
+    """Serve with a second's patience, and hold dropped sessions for another."""
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["--grace-period-s", "1", "--cache-dir", str(tmp_path / "cache"), "--plan", TINY_PLANS[0]]
+    environment = {"PRIVATELORA_CLOUD_IDLE_TIMEOUT_S": "1"}
+    with CloudProcess(
+        str(tmp_path / "model"), arguments=[*arguments, "--threads", "1"], env=environment,
+        log=tmp_path / "log",
+    ) as process:  # fmt: skip
+        yield process
+    assert "Traceback" not in process.logs()
+
+
+def test_an_edge_that_says_nothing_is_cut_off_and_its_memory_freed(impatient: CloudProcess) -> None:
+    with RawEdge(impatient.address) as edge:
+        silent, waiting = edge.open(), edge.open()
+        silent.run([(0, 0, 40, 1)])
+        waiting.step([(0, 0, 8, 1)])  # and never answers the codes
+        assert edge.kv_used > 0
+        end = silent.refused()
+        assert end.code is Code.DEADLINE_EXCEEDED and "said nothing for 1 s" in end.message, end
+        assert waiting.receive().HasField("codes")
+        end = waiting.refused()
+        assert end.code is Code.DEADLINE_EXCEEDED and "said nothing for 1 s" in end.message, end
+        assert edge.settled(), "the KV cache of a session that was cut off is held for ever"
+        assert edge.open().run([(0, 0, 4, 1)]).shape[0] == 1, "the cloud should serve on"
