@@ -35,15 +35,17 @@ class Slice:
     lo: int
     hi: int
     tables: tuple[Table, ...] = field(init=False)  # one a span
+    whole: bool = field(init=False)  # all of the step
 
     def __post_init__(self) -> None:
         """Keep the block tables: a session may crop or close while this runs on another thread."""
         self.tables = tuple(span.row.table for span in self.step.spans)
+        self.whole = self.lo == 0 and self.hi == self.step.tokens
 
-    @property
-    def whole(self) -> bool:
-        """Whether this is all of the step."""
-        return self.lo == 0 and self.hi == self.step.tokens
+    def of(self, tensor: Tensor | None) -> Tensor:
+        """Return the slice's rows of one of its step's tensors."""
+        assert tensor is not None
+        return tensor if self.whole else tensor[self.lo : self.hi]
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class Backbone:
         Leaves the normed input in ``step.normed`` for ``stash`` and ``run``.
         """
         layer = steps[0].layer
+        if len(steps) == 1:  # everything around the products counts there
+            step = steps[0]
+            step.normed, step.emitted = self.layers[layer].norm(step.hidden), layer
+            return [step.normed @ self.residuals.a(step.plan, layer)]
         x = self.layers[layer].norm(_cat([step.hidden for step in steps]))  # (tokens, hidden_size)
         codes: list[Tensor] = []
         for step, part in zip(steps, _split(x, steps), strict=True):
@@ -155,7 +161,7 @@ class Backbone:
         """Run one layer on slices of steps that stand at it; whole steps then stand at the next layer."""
         number = slices[0].step.layer
         layer = self.layers[number]
-        hidden = _cat([s.step.hidden[s.lo : s.hi] for s in slices])  # (tokens, hidden_size)
+        hidden = _cat([s.of(s.step.hidden) for s in slices])  # (tokens, hidden_size)
         qkv = self._products(layer, number, hidden, slices)
         layout = self._layout(slices, cache)
         out = layer(hidden, qkv, layout.rotary[layer.rotary_key], layout.attention)
@@ -163,7 +169,7 @@ class Backbone:
         for s in slices:
             count = s.hi - s.lo
             if s.whole:
-                s.step.hidden = out[at : at + count]
+                s.step.hidden = out if len(slices) == 1 else out[at : at + count]
             else:
                 s.step.hidden[s.lo : s.hi] = out[at : at + count]
             at += count
@@ -201,9 +207,9 @@ class Backbone:
     def _products(self, layer: Layer, number: int, hidden: Tensor, slices: Sequence[Slice]) -> Tensor:
         """Return q|k|v with every residual added: ``(tokens, q_dim + 2 kv_dim)``."""
         if all(s.step.stash is not None for s in slices):
-            qkv = _cat([_of(s.step.stash)[s.lo : s.hi] for s in slices])
+            qkv = _cat([s.of(s.step.stash) for s in slices])
         elif all(s.step.normed is not None for s in slices):
-            qkv = layer.base(_cat([_of(s.step.normed)[s.lo : s.hi] for s in slices]))
+            qkv = layer.base(_cat([s.of(s.step.normed) for s in slices]))
         else:  # no codes were made here, or not by all: one norm and one product serve them together
             qkv = layer.base(layer.norm(hidden))
         at = 0
@@ -212,8 +218,8 @@ class Backbone:
             plan = alike[0].step.plan
             count = sum(s.hi - s.lo for s in alike)
             if number in plan.adapted_layers:
-                z = _cat([s.step.residual_codes[number][s.lo : s.hi] for s in alike])
-                self.residuals.add(qkv[at : at + count], z, plan, number)
+                z = _cat([s.of(s.step.residual_codes[number]) for s in alike])
+                self.residuals.add(qkv if count == len(qkv) else qkv[at : at + count], z, plan, number)
             at += count
         return qkv
 

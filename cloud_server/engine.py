@@ -124,6 +124,11 @@ class Engine:
             Slices to run; or none, and for how many seconds waiting for company is worth it (None: until
             something is ready).
         """
+        if not self.ready:
+            return [], None
+        only = self.ready[0]
+        if len(self.steps) == 1 and not self._resting and only.longest <= self.config.short_step_tokens:
+            return [Slice(only, 0, only.tokens)], None  # nobody to choose from or to wait for
         now, patience = time.monotonic(), None
         short, long = dict[tuple[int, bool], list[Step]](), dict[tuple[int, bool], list[Step]]()
         for step in self.ready:

@@ -142,6 +142,9 @@ class Service:
                     finished = True
                 elif message.HasField("residual_codes"):
                     session.answer(message.residual_codes)
+                    # The engine first, then its codes on their way: to start the next read takes a while.
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
                 elif message.HasField("step"):
                     session.step(message.step)
                 elif message.HasField("open"):

@@ -80,6 +80,9 @@ class Session:
             raise invalid("rows cannot be rearranged while steps are in flight")
         tokens = sum(span.count for span in spans)
         hidden = self._tensor(message.hidden, (tokens, self.plan.hidden_size), "hidden")
+        for answer in message.residual_codes:
+            if answer.layer not in self.plan.adapted_layers:
+                raise invalid(f"layer {answer.layer} is not adapted in plan {self.plan.name!r}")
         known = {answer.layer: self._residual(answer, tokens) for answer in message.residual_codes}
         self._cancel(overwritten)
         if message.parents:
@@ -227,8 +230,6 @@ class Session:
         return tensor.to(device=backbone.device, dtype=backbone.dtype)
 
     def _residual(self, answer: pb.LayerCodes, tokens: int) -> Tensor:
-        if answer.layer not in self.plan.adapted_layers:
-            raise invalid(f"layer {answer.layer} is not adapted in plan {self.plan.name!r}")
         shape = (tokens, self.plan.residual_width)
         return self._tensor(answer.codes, shape, f"residual codes of layer {answer.layer}")
 

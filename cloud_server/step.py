@@ -89,15 +89,13 @@ class Step:
 
     def must_emit(self) -> bool:
         """Whether this layer's codes have to be sent: the plan says so and their answer is not here yet."""
-        return (
-            self.layer in self.plan.exchange_layers
-            and self.emitted != self.layer
-            and any(layer not in self.residual_codes for layer in self.plan.fed_by(self.layer))
-        )
+        if self.emitted == self.layer:
+            return False
+        return any(layer not in self.residual_codes for layer in self.plan.fed_by(self.layer))
 
     def is_blocked(self) -> bool:
         """Whether this layer waits for the edge or for the session's previous step."""
-        if self.layer in self.plan.adapted_layers and self.layer not in self.residual_codes:
+        if self.layer not in self.residual_codes and self.layer in self.plan.adapted_layers:
             return True
         before = self.before
         return before is not None and not before.finished and before.layer <= self.layer
