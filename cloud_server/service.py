@@ -194,6 +194,7 @@ class Service:
                     "no such dropped session here (its grace period may be over); open a new one and replay",
                 )
             session.dropped_at, session.wire_dtype = None, request.wire_dtype
+            session.heard_at = time.monotonic()  # it was silent while it was dropped
         else:
             if len(self.sessions) >= self.config.max_sessions and not self._evict():
                 raise Refusal(

@@ -168,13 +168,18 @@ class Session:
         limits = self.limits
         if message.step <= self.last_number:
             raise invalid(f"step number {message.step} is not above the last one, {self.last_number}")
+        if not 1 <= len(message.spans) <= limits.max_rows:  # before a million become objects
+            raise invalid(f"a step has 1 to {limits.max_rows} spans, got {len(message.spans)}")
         spans = list(message.spans)
-        if not spans or len(spans) > limits.max_rows:
-            raise invalid(f"a step has 1 to {limits.max_rows} spans, got {len(spans)}")
         tokens = sum(span.count for span in spans)
         if tokens > limits.max_step_tokens:
             raise invalid(
                 f"a step has at most {limits.max_step_tokens} positions, got {tokens}; send it in chunks"
+            )
+        adapted, brought = len(self.plan.adapted_layers), len(message.residual_codes)
+        if brought > adapted:
+            raise invalid(
+                f"{brought} residual codes in one step; plan {self.plan.name!r} adapts {adapted} layers"
             )
         if len(message.parents) > limits.max_rows:
             raise invalid(f"a session has at most {limits.max_rows} rows, got {len(message.parents)} parents")

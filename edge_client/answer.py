@@ -1,6 +1,5 @@
 """One answer to one prompt: stream its text as it is decoded, stop on Ctrl-C, and measure it."""
 
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from edge_client.cloud_cache import ContextLengthError
 from edge_client.config import EdgeConfig
 from edge_client.model import PrivateLoraForCausalLM
+from edge_client.plain import printable
 from edge_client.report import Figures, Meter
 
 
@@ -64,11 +64,6 @@ class TextStream(BaseStreamer):
         self._written = len(text)
         if text.endswith("\n"):  # nothing after a line's end changes what is before it
             self._from, self._written = len(self.tokens), 0
-
-
-def printable(text: str) -> str:
-    """Return text without control characters: a model's answer must not steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 def answer(

@@ -37,6 +37,7 @@ from edge_client.flags import (
     WireDtype,
     one_line_errors,
 )
+from edge_client.plain import printable
 from edge_client.tune_cli import tune
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def chat(
                 except (ValueError, OSError, RuntimeError) as error:
                     if debug:
                         raise
-                    _write(f"\nerror: {error}\n")
+                    _write(f"\nerror: {printable(str(error))}\n")
 
 
 @app.command()

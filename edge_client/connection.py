@@ -17,6 +17,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from edge_client.personal import PersonalWeights
+from edge_client.plain import one_line
 from edge_client.session import Session
 from edge_client.tuning.stream import TuneStream
 from shared import PROTOCOL_VERSION
@@ -216,7 +217,8 @@ class Connection:
                     f"no cloud answers at {self.target} (waited up to {self.timeouts.connect_s:.0f} s); is "
                     "`privatelora-cloud serve` running there, and is the address right?"
                 ) from None
-            raise CloudConnectionError(f"{self.target}: {code.name}: {error.details()}") from None
+            details = one_line(error.details() or "")
+            raise CloudConnectionError(f"{self.target}: {code.name}: {details}") from None
 
     def _wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from edge_client.plain import printable
+
 Cloud = Annotated[
     str | None, typer.Option("--cloud", metavar="HOST:PORT", help="Where `privatelora-cloud serve` listens.")
 ]
@@ -71,7 +73,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             raise
         from edge_client.config import SettingsError
 
-        print(f"error: {error}", file=sys.stderr)
+        # A cloud's words, and what it calls its plans, are in some messages.
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -5,10 +5,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edge_client.answer import printable
 from edge_client.config import EdgeConfig
 from edge_client.connection import Connection, Timeouts
 from edge_client.offer import CloudOffer
+from edge_client.plain import printable
 from shared import PROTOCOL_VERSION, __version__
 from shared.wire import WIRE_DTYPES, dtype_name
 

@@ -130,6 +130,8 @@ def _append(
         if left == 0:
             return
         for piece in source.fetch_part(index, part.size - left):
+            if not piece:
+                raise EdgePartsError(f"{part.name}: the cloud sends empty pieces")  # it might do so forever
             left -= len(piece)
             if left < 0:
                 raise EdgePartsError(

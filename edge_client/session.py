@@ -44,6 +44,7 @@ class Flight:
     job: Job
     tokens: int
     keep: int
+    layer: int = -1  # the last one that has exchanged
 
 
 class Session:
@@ -257,6 +258,8 @@ class Session:
             return
         if message.layer not in self.plan.exchange_layers:
             raise SessionError(f"codes for layer {message.layer}, which does not exchange in this plan")
+        if message.layer <= flight.layer:  # or a cloud could ask without end what M makes of anything
+            raise SessionError(f"codes for layer {message.layer} after those of layer {flight.layer}")
         shape = (flight.tokens, self.plan.codes_width)
         codes = wire.decode_array(message.codes, dtype=self.wire_dtype, shape=shape, what="codes")
         request = pb.DecodeRequest()
@@ -265,17 +268,20 @@ class Session:
             answer = request.residual_codes.residual_codes.add()
             answer.layer = layer
             wire.fill_array(answer.codes, self.personal.residual_codes(layer, codes), self.wire_dtype)
+        flight.layer = message.layer
         self.traffic.round_trips += 1
         self._outbox.append(request.SerializeToString())
 
     def _finish(self, message: pb.Hidden) -> None:
-        flight = self._flights.pop(message.step, None)
+        flight = self._flights.get(message.step)
         if flight is None:
             self._expect_given_up(message.step)
             return
         shape = (flight.keep, self.plan.hidden_size)
+        hidden = wire.decode(message.hidden, dtype=self.wire_dtype, shape=shape, what="hidden")
+        del self._flights[message.step]  # only now: if that was refused, its job must hear of it
         job = flight.job
-        job.hidden.append(wire.decode(message.hidden, dtype=self.wire_dtype, shape=shape, what="hidden"))
+        job.hidden.append(hidden)
         self.traffic.round_trips += 1
         job.unfinished -= 1
         self._launch()

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import grpc
 
+from edge_client.plain import one_line
 from shared.wire import FRAME_BYTES
 
+MAX_RETRY_AFTER_S = 3600.0  # longer hints are cut: a cloud must not be able to stop an edge for good
 CLOSE_TIMEOUT_S = 1.0  # for the cloud to confirm the end of a stream
 
 
@@ -65,13 +67,15 @@ class Traffic:
 async def failure(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> SessionError:
     """Return why a stream ended, in words."""
     code = await call.code()
-    details = await call.details()
+    details = one_line(await call.details() or "")
     retry = next((v for k, v in await call.trailing_metadata() or () if k == "retry-after-ms"), None)
     if code == grpc.StatusCode.OK:
         return SessionError("the cloud ended the session", code)
     if code == grpc.StatusCode.UNAVAILABLE:
         return SessionError(f"the connection to the cloud was lost ({details})", code)
-    hint = int(retry) / 1000 if isinstance(retry, str) and retry.isdigit() else None
+    hint = None
+    if isinstance(retry, str) and retry.isascii() and retry.isdigit():
+        hint = min(int(retry[:15]) / 1000, MAX_RETRY_AFTER_S)
     return SessionError(f"the cloud refused ({code.name}): {details}", code, hint)
 
 

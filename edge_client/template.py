@@ -15,7 +15,7 @@ from jinja2.parser import Parser
 
 from edge_client.template_filters import FILTERS, TESTS
 from edge_client.template_run import KNOWN, Run, Scope
-from edge_client.template_values import Budget, Namespace, TemplateError
+from edge_client.template_values import Budget, Namespace, TemplateError, text
 
 __all__ = ["ChatTemplate", "TemplateError"]
 
@@ -80,8 +80,8 @@ class ChatTemplate:
         budget.allow(characters=(4 << 20) + 64 * given, steps=MAX_STEPS)
         run = Run(budget)
         scope = Scope({**data, "range": budget.range, "namespace": Namespace})
-        scope.values["raise_exception"] = _raise
-        scope.values["strftime_now"] = lambda form: datetime.now().strftime(str(form)[:64])
+        scope.values["raise_exception"] = lambda message="": _raise(text(message, budget))
+        scope.values["strftime_now"] = lambda form: datetime.now().strftime(text(form, budget)[:64])
         try:
             run.body(self._tree.body, scope)
         except RecursionError:
@@ -109,5 +109,5 @@ class ChatTemplate:
                 raise TemplateError(f"line {node.lineno}: recursive loops are not allowed")
 
 
-def _raise(message: Any = "") -> NoReturn:
-    raise TemplateError(f"the template refuses this conversation: {str(message)[:200]}")
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(f"the template refuses this conversation: {message[:200]}")

@@ -10,6 +10,8 @@ from typing import Any
 
 from edge_client.template_values import UNDEFINED, Budget, TemplateError, text
 
+MAX_SEPARATOR_CHARS = 8
+
 
 def _string(value: Any, budget: Budget) -> str:
     made = text(value, budget)
@@ -23,21 +25,24 @@ def _to_json(budget: Budget, value: Any, indent: int | None = None, **options: A
     unknown = set(options) - {"ensure_ascii", "separators", "sort_keys"}
     if unknown:
         raise TemplateError(f"tojson: option {min(unknown)[:40]!r} is not allowed")
+    separators = options.get("separators") or ()
+    if not all(isinstance(part, str) and len(part) <= MAX_SEPARATOR_CHARS for part in separators):
+        raise TemplateError(f"tojson: separators are texts of at most {MAX_SEPARATOR_CHARS} characters")
     budget.characters(budget.size(value) * (1 + (indent or 0)))
     return json.dumps(value, indent=indent, **{"ensure_ascii": False, **options})
 
 
 def _replace(budget: Budget, value: Any, old: Any, new: Any, count: int = -1) -> str:
-    subject, old, new = _string(value, budget), str(old), str(new)
+    subject, old, new = _string(value, budget), _string(old, budget), _string(new, budget)
     budget.characters((subject.count(old) + 1) * len(new))
     return subject.replace(old, new, count)
 
 
 def _join(budget: Budget, values: Any, separator: Any = "", attribute: str | None = None) -> str:
     items = [_field(budget, item, attribute) if attribute else item for item in _listed(budget, values)]
-    parts = [text(item, budget) for item in items]
-    budget.characters(sum(map(len, parts)) + len(parts) * len(str(separator)))
-    return str(separator).join(parts)
+    parts, between = [text(item, budget) for item in items], _string(separator, budget)
+    budget.characters(sum(map(len, parts)) + len(parts) * len(between))
+    return between.join(parts)
 
 
 def _listed(budget: Budget, values: Any) -> list[Any]:
@@ -52,7 +57,7 @@ def _listed(budget: Budget, values: Any) -> list[Any]:
 
 def _field(budget: Budget, item: Any, path: str) -> Any:
     budget.step()
-    for name in str(path).split("."):
+    for name in path.split(".") if isinstance(path, str) else _fail("an attribute is a name"):
         item = item.get(name, UNDEFINED) if isinstance(item, dict) else UNDEFINED
     return item
 
@@ -60,7 +65,7 @@ def _field(budget: Budget, item: Any, path: str) -> Any:
 def _select(wanted: bool, by_attribute: bool) -> Callable[..., list[Any]]:
     def select(budget: Budget, values: Any, *args: Any) -> list[Any]:
         path, rest = (args[0], args[1:]) if by_attribute else (None, args)
-        test = TESTS.get(str(rest[0])) if rest else (lambda budget, value: bool(value))
+        test = TESTS.get(str(budget.key(rest[0]))) if rest else (lambda budget, value: bool(value))
         if test is None:
             raise TemplateError(f"test {str(rest[0])[:40]!r} is not allowed")
         found = []
@@ -77,9 +82,10 @@ def _map(budget: Budget, values: Any, name: str | None = None, *, attribute: str
     items = _listed(budget, values)
     if attribute is not None:
         return [_field(budget, item, attribute) for item in items]
-    if name not in FILTERS:
+    chosen = FILTERS.get(str(budget.key(name)))
+    if chosen is None:
         raise TemplateError(f"filter {str(name)[:40]!r} is not allowed")
-    return [FILTERS[name](budget, item) for item in items]
+    return [chosen(budget, item) for item in items]
 
 
 def _items(budget: Budget, value: Any) -> list[Any]:
@@ -104,9 +110,21 @@ def _indent(budget: Budget, value: Any, width: int = 4, first: bool = False) -> 
 
 def _int(budget: Budget, value: Any, default: int = 0) -> int:
     try:
-        return int(budget.number(int(str(value)[:32])))
+        return int(budget.number(int(_string(value, budget)[:32])))
     except ValueError:
         return default
+
+
+def _strip(budget: Budget, value: Any, chars: Any = None) -> str:
+    subject = _string(value, budget)
+    _pay_naive_search(budget, subject, (chars,))
+    return subject.strip(chars)
+
+
+def _pay_naive_search(budget: Budget, subject: str, args: tuple[Any, ...]) -> None:
+    """Pay for a search that may compare every character with every other."""
+    longest = max((len(arg) for arg in args if isinstance(arg, str)), default=0)
+    budget.characters(len(subject) * (longest // 8))
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -114,6 +132,8 @@ def _method(name: str) -> Callable[..., Any]:
 
     def call(budget: Budget, owner: str, *args: Any) -> Any:
         budget.characters(len(owner))
+        if name in NAIVE:
+            _pay_naive_search(budget, owner, args)
         if not all(isinstance(arg, str | int | tuple | None) for arg in args):
             raise TemplateError(f"{name}: arguments must be text or numbers")
         return getattr(owner, name)(*args)
@@ -135,6 +155,7 @@ _SAFE = (
     *("strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "startswith", "endswith"),
     *("upper", "lower", "title", "capitalize", "find", "count"),
 )
+NAIVE = ("strip", "lstrip", "rstrip", "rsplit")  # in time, where the others search in linear time
 METHODS: dict[type, dict[str, Callable[..., Any]]] = {
     str: {
         **{name: _method(name) for name in _SAFE},
@@ -145,11 +166,11 @@ METHODS: dict[type, dict[str, Callable[..., Any]]] = {
         "items": _items,
         "keys": lambda budget, owner: _listed(budget, owner),
         "values": lambda budget, owner: [value for _, value in _items(budget, owner)],
-        "get": lambda budget, owner, key, default=None: owner.get(key, default),
+        "get": lambda budget, owner, key, default=None: owner.get(budget.key(key), default),
     },
 }
 FILTERS: dict[str, Callable[..., Any]] = {
-    "trim": lambda budget, value, chars=None: _string(value, budget).strip(chars),
+    "trim": _strip,
     "upper": lambda budget, value: _string(value, budget).upper(),
     "lower": lambda budget, value: _string(value, budget).lower(),
     "title": lambda budget, value: _title(_string(value, budget)),

@@ -180,7 +180,7 @@ class Run:
         return tuple(self.value(item, scope) for item in node.items)
 
     def _of_dict(self, node: nodes.Dict, scope: Scope) -> dict[Any, Any]:
-        return {self.value(pair.key, scope): self.value(pair.value, scope) for pair in node.items}
+        return {self.budget.key(self.value(p.key, scope)): self.value(p.value, scope) for p in node.items}
 
     def _of_condexpr(self, node: nodes.CondExpr, scope: Scope) -> Any:
         if self.value(node.test, scope):

@@ -58,18 +58,30 @@ class Budget:
         if self._characters < 0:
             raise TemplateError("it makes too much text")
 
-    def size(self, value: Any, depth: int = 0) -> int:
-        """Return the size of a value with all it contains, in characters, paying a step for each part."""
+    def size(self, value: Any, depth: int = 0, *, printed: bool = False) -> int:
+        """Return the size of a value with all it contains, in characters, paying a step for each part.
+
+        ``printed``: whether it is to become text, which a function, say, cannot.
+        """
         self.step()
         if depth > MAX_DEPTH:
             raise TemplateError(f"values nested more than {MAX_DEPTH} deep")
         if isinstance(value, str):
             return len(value) + 2
         if isinstance(value, dict):
-            return sum(self.size(k, depth + 1) + self.size(v, depth + 1) + 4 for k, v in value.items())
+            parts = (part for item in value.items() for part in item)
+            return sum(self.size(part, depth + 1, printed=printed) + 2 for part in parts)
         if isinstance(value, list | tuple):
-            return sum(self.size(item, depth + 1) + 2 for item in value)
+            return sum(self.size(item, depth + 1, printed=printed) + 2 for item in value)
+        if printed and not isinstance(value, int | float | None | _Undefined):
+            raise TemplateError(f"cannot print {type(value).__name__}")
         return 24
+
+    def key(self, value: Any) -> Any:
+        """Return what a mapping may be asked for: hashing nested tuples takes forever, or crashes."""
+        if not isinstance(value, str | int | float | None):
+            raise TemplateError(f"{type(value).__name__} cannot be a key")
+        return value
 
     def number(self, value: Any) -> Any:
         """Return a number, if it is one of reasonable size."""
@@ -128,8 +140,5 @@ def text(value: Any, budget: Budget) -> str:
     """Return a value as it is printed."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list | tuple | dict):
-        budget.characters(budget.size(value))
-    elif not isinstance(value, int | float | None | _Undefined):
-        raise TemplateError(f"cannot print {type(value).__name__}")
+    budget.characters(budget.size(value, printed=True))
     return str(value)

@@ -5,6 +5,8 @@ transformers' loaders let a file choose the class and the code. Here the file gi
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ SETTINGS = (
 )
 MAX_TOKEN_CHARS = 512  # longest piece of text that one token may stand for
 MAX_PATTERN_CHARS = 2048
+MAX_GROWTH = 256  # how many times longer replacements, one after the other, may make a text
 CONTINUE_MARK = "\N{SYMBOL FOR UNIT SEPARATOR}continue here\N{SYMBOL FOR UNIT SEPARATOR}"
 
 
@@ -33,6 +36,16 @@ class TokenizerError(ValueError):
 
 class EdgeTokenizer(PreTrainedTokenizerFast):
     """A Hugging Face tokenizer whose chat template is evaluated by `ChatTemplate`."""
+
+    def _encode_plus(self, text: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(text, str) and not _is_unicode(text):
+            raise TokenizerError("the text holds bytes that are no text (half a surrogate pair)")
+        with _failing_clearly():
+            return super()._encode_plus(text, *args, **options)
+
+    def _decode(self, *args: Any, **options: Any) -> Any:
+        with _failing_clearly():
+            return super()._decode(*args, **options)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -94,6 +107,25 @@ class EdgeTokenizer(PreTrainedTokenizerFast):
             **(tokenizer_kwargs or {}),
         )
         return encoded if return_dict else encoded["input_ids"]
+
+
+@contextmanager
+def _failing_clearly() -> Iterator[None]:
+    """Turn what the Rust side throws into an error that a command can show."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # no Exception, and its class is not to be had
+            raise
+        raise TokenizerError("this cloud's tokenizer failed over the text: hostile patterns?") from None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_tokenizer(folder: Path, vocab_size: int, max_tokens: int) -> EdgeTokenizer:
@@ -160,16 +192,18 @@ def _backend(path: Path) -> Tokenizer:
     raw = _json(path)
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         pending: list[Any] = [raw.get(part)]
-        seen = 0
+        seen, growth = 0, 1.0
         while pending:
             value = pending.pop()
             seen += 1
             if seen > 10_000:
                 raise TokenizerError(f"tokenizer.json: its {part} has too many parts")
             if isinstance(value, dict):
-                if value.get("type") == "Replace" and len(str(value.get("content"))) > 16:
-                    raise TokenizerError(f"tokenizer.json: its {part} replaces text by something much longer")
                 pattern = value.get("pattern")
+                if value.get("type") == "Replace":
+                    growth *= _growth(pattern, str(value.get("content")))
+                if growth > MAX_GROWTH or len(str(value.get("prepend", ""))) > MAX_TOKEN_CHARS:
+                    raise TokenizerError(f"tokenizer.json: its {part} replaces text by something much longer")
                 if isinstance(pattern, dict) and len(str(pattern.get("Regex", ""))) > MAX_PATTERN_CHARS:
                     raise TokenizerError(f"tokenizer.json: a pattern of its {part} is too long")
                 pending += [v for k, v in value.items() if k != "precompiled_charsmap"]
@@ -189,6 +223,14 @@ def _backend(path: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _growth(pattern: Any, content: str) -> float:
+    """Return how many times longer a text may become in which a pattern is replaced."""
+    plain = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(plain, str) and plain:
+        return max(1.0, len(content) / len(plain))
+    return 1.0 + len(content)  # a regular expression may match nothing, between any two characters
 
 
 def _short(token: str) -> str:

@@ -139,8 +139,8 @@ def _checked(message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[in
         raise WireError(
             f"{what}: dtype is {dtype_name(message.dtype)}, this session agreed on {dtype_name(dtype)}"
         )
-    if tuple(message.shape) != tuple(shape):
-        raise WireError(f"{what}: shape is {tuple(message.shape)[:8]}, expected {tuple(shape)}")
+    if len(message.shape) != len(shape) or tuple(message.shape) != tuple(shape):
+        raise WireError(f"{what}: shape is {tuple(message.shape[:8])}, expected {tuple(shape)}")
     buffer = bytearray(message.data)  # one read, every access copies; writable, so that torch may own it
     expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if len(buffer) != expected:

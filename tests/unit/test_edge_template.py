@@ -106,7 +106,41 @@ def test_renders_as_transformers_does(name, chat, prompt):
         assert ours == theirs[0]
 
 
+LISTS = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+TUPLES = "{% set n = namespace(x=(1,)) %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}"
+# 200 thousand deep: Python's own hash of it overflows the stack, and the process is gone.
+DEEP = (
+    "{% set n = namespace(x=1) %}{% for i in range(5000) %}{% set n.x = "
+    + "(" * 40
+    + "n.x"
+    + ",)" * 40
+    + " %}{% endfor %}"
+)
+LONG = (
+    "{% set n = namespace(x='x', y='y') %}{% for i in range(19) %}"
+    "{% set n.x = n.x ~ n.x %}{% set n.y = n.y ~ n.y %}{% endfor %}"
+)
+
 HOSTILE = {
+    "doubling as a number": LISTS + "{{ n.x | int }}",
+    "doubling as an error": LISTS + "{{ raise_exception(n.x) }}",
+    "doubling as a date": LISTS + "{{ strftime_now(n.x) }}",
+    "doubling replaced": LISTS + "{{ 'a' | replace(n.x, 'b') }}",
+    "doubling between": LISTS + "{{ ['a', 'b'] | join(n.x) }}",
+    "doubling as a path": LISTS + "{{ messages | map(attribute=n.x) | list }}",
+    "doubling as a test": LISTS + "{{ messages | select(n.x) | list }}",
+    "doubling as a filter": TUPLES + "{{ messages | map(n.x) | list }}",
+    "doubling as a key": TUPLES + "{{ {n.x: 1} }}",
+    "doubling asked for": TUPLES + "{{ {}.get(n.x) }}",
+    "deep key": DEEP + "{{ {n.x: 1} }}",
+    "deep key asked for": DEEP + "{{ messages[0].get(n.x) }}",
+    "deep filter": DEEP + "{{ messages | map(n.x) | list }}",
+    "long separators": LONG + "{{ range(9000) | list | tojson(separators=(n.x, ':')) | length }}",
+    "slow strip": LONG + "{{ n.x.strip(n.y ~ 'x') }}",
+    "slow trim": LONG + "{{ n.x | trim(n.y ~ 'x') }}",
+    "slow rsplit": LONG + "{{ n.x.rsplit('xy' ~ n.x[:200000]) }}",
+    "functions in a list": "{{ [range, strftime_now] }}",
+    "namespace in a list": "{{ [namespace()] }}",
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "class by item": "{{ ''['__class__'] }}",
     "class by filter": "{{ '' | attr('__class__') }}",

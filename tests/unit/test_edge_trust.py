@@ -263,6 +263,10 @@ def test_class_named_by_a_file_is_never_loaded(tokenizer_folder):
         load_tokenizer(tokenizer_folder, families.VOCAB, 64)
 
 
+def replacing(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -279,6 +283,9 @@ def test_class_named_by_a_file_is_never_loaded(tokenizer_folder):
         {"model": {"type": "BPE", "vocab": {"a" * 9999: 0}, "merges": []}},
         {"model": {"type": "Nonsense"}},
         {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 20_000}},
+        {"normalizer": {"type": "Prepend", "prepend": "b" * 10_000}},
+        {"normalizer": {"type": "Sequence", "normalizers": [replacing({"String": "a"}, "a" * 16)] * 8}},
+        {"normalizer": {"type": "Sequence", "normalizers": [replacing({"Regex": ""}, "a")] * 30}},
         {"decoder": {"type": "Evil"}},
     ],
 )  # fmt: skip
@@ -286,6 +293,25 @@ def test_hostile_tokenizers_are_refused(tokenizer_folder, changes):
     edit(tokenizer_folder / "tokenizer.json", **changes)
     with pytest.raises(TokenizerError):
         load_tokenizer(tokenizer_folder, families.VOCAB, 64)
+
+
+def test_replacements_of_usual_tokenizers_are_accepted(tokenizer_folder):
+    quotes = [replacing({"String": "``"}, '"'), replacing({"String": " "}, "\u2581")] * 20
+    edit(tokenizer_folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": quotes})
+    assert load_tokenizer(tokenizer_folder, families.VOCAB, 64)("a``b")["input_ids"]
+
+
+def test_a_pattern_that_runs_away_is_a_clear_error(tokenizer_folder):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    edit(tokenizer_folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = load_tokenizer(tokenizer_folder, families.VOCAB, 64)
+    with pytest.raises(TokenizerError, match="failed over the text"):
+        tokenizer("a" * 40 + "!")
+
+
+def test_what_is_no_text_is_a_clear_error(tokenizer_folder):
+    with pytest.raises(TokenizerError, match="no text"):
+        load_tokenizer(tokenizer_folder, families.VOCAB, 64)("caf\udce9")
 
 
 def test_ids_beyond_the_embedding_are_refused(tokenizer_folder):

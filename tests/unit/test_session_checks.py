@@ -1,5 +1,6 @@
 """A session's checks: what is refused with which status, and that a refusal changes nothing."""
 
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,18 @@ def talk() -> Talk:
 
 def filled(value: float) -> pb.Tensor:
     return wire.encode(torch.full((2, WIDTH), value), pb.DTYPE_FLOAT32)
+
+
+def test_a_million_spans_are_only_counted(talk: Talk) -> None:
+    """A message may hold two million empty ones; as objects they would stop everybody for seconds."""
+    message = pb.Step(step=99, spans=[pb.Span()] * 1_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal, match="1 to 4 spans, got 1000000"):
+            talk.session.step(message)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # --- steps --------------------------------------------------------------------------------------------------
@@ -49,6 +62,12 @@ BAD: dict[str, tuple[Spans, dict[str, Any], Code, str]] = {
     ),
     "oversized together": ([(0, 5, 26, 1), (1, 3, 25, 1)], {}, Code.INVALID_ARGUMENT, "got 51"),
     "huge count": ([(0, 5, UINT32, 1)], {}, Code.INVALID_ARGUMENT, "at most 50"),
+    "codes again and again": (
+        NEXT,
+        {"residual_codes": [pb.LayerCodes(layer=0, codes=zeros(2, 9))] * 3},
+        Code.INVALID_ARGUMENT,
+        "3 residual codes in one step; plan 'p' adapts 2 layers",
+    ),
     "no span": ([], {}, Code.INVALID_ARGUMENT, "1 to 4 spans, got 0"),
     "many spans": ([(row, 0, 1, 1) for row in range(5)], {}, Code.INVALID_ARGUMENT, "1 to 4 spans, got 5"),
     "empty span": ([(0, 5, 0, 0)], {}, Code.INVALID_ARGUMENT, "count >= 1"),

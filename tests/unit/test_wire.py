@@ -1,5 +1,7 @@
 """Tensors on the wire: what goes in comes out, and whatever a peer gets wrong is refused in words."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,18 @@ def test_a_message_about_a_long_shape_is_short() -> None:
     with pytest.raises(WireError) as error:
         decode(pb.Tensor(dtype=1, shape=[1] * 100_000), dtype=1, shape=(2, 3), what="it")
     assert len(str(error.value)) < 200
+
+
+def test_a_long_shape_is_not_read_in_full() -> None:
+    """Four million dimensions as Python numbers would take half a second and 100 MB."""
+    message = pb.Tensor(dtype=1, shape=[1] * 4_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match="shape"):
+            decode(message, dtype=1, shape=(2, 3), what="it")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @given(raw=st.binary(max_size=64))
