@@ -1,4 +1,4 @@
-"""``privatelora-edge tune``: personal weights from a data file, through a cloud that never sees it."""
+"""``privatelora-edge tune``: personal weights from a data file, through a cloud that is never sent it."""
 
 import json
 import sys
@@ -117,6 +117,8 @@ def tune(
     debug: Debug = False,
 ) -> None:
     """Learn personal weights from your own data. Text, labels and what is learned stay on this machine.
+
+    What crosses the wire can be decoded, labels too (see the project's threat model).
 
     Ctrl-C keeps what was learned so far; --resume goes on from there.
     """
