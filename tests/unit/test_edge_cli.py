@@ -222,6 +222,8 @@ def test_commands(model, tmp_path):
     assert talk.chat.command("/drop 5") and talk.chat.turns == 0
     assert talk.chat.command("/reset") and talk.chat.command("/help") and talk.chat.command("/nonsense")
     assert "no such command" in talk.lines[-1]
+    for known in ("/drop two", "/adapter"):  # known, but not like this
+        assert talk.chat.command(known) and f"{known.split()[0]} takes" in talk.lines[-1]
     assert not talk.chat.command("/quit")
 
 
