@@ -125,6 +125,14 @@ def serve(
             where = ".".join(str(part) for part in problem["loc"])
             print(f"error: setting {where}: {problem['msg']}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print(
+            f"error: {error}; is only the edge's side installed here? pip install '.[cloud]' adds this one",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
