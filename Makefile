@@ -8,7 +8,8 @@ SHELL := /bin/bash
 
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-# torch goes in first and pinned: an open range takes the newest build, with gigabytes of CUDA libraries.
+# torch goes in first and pinned: an open range takes the newest version, which nobody has tried here. Which
+# build of it (on Linux the public index has the one with gigabytes of CUDA libraries) is pip's settings' matter.
 TORCH  ?= torch==2.13.0
 PYTHON ?=
 EXTRAS ?= cloud,edge

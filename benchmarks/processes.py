@@ -5,14 +5,17 @@ being measured: both are started through their command lines, and readiness is a
 standard gRPC health service. Needs no torch.
 """
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,9 +40,22 @@ def free_port() -> int:
         return port
 
 
+@cache
+def settings_folder() -> str:
+    """Return an empty folder for the settings of the edges that are started here; it goes at the end.
+
+    Every cloud here has a port of its own: among the user's settings their fingerprints would pile up,
+    and refuse the model that happens to get an old one's port. Nor may a claim depend on those settings.
+    """
+    folder = tempfile.mkdtemp(prefix="privatelora-settings-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def child_environment(overrides: dict[str, str] | None = None) -> dict[str, str]:
-    """Return the environment for a child: this one's, the repository on the path, passive OpenMP."""
+    """Return the environment for a child: this one's, the repository on the path, settings of its own."""
     environment = dict(os.environ)
+    environment["PRIVATELORA_CONFIG_DIR"] = settings_folder()
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment["PYTHONUNBUFFERED"] = "1"

@@ -32,40 +32,59 @@ def main_callback() -> None:
 @app.command()
 def serve(
     model: Annotated[
-        str | None, typer.Option(help="Packaged model name, Hugging Face folder, GGUF file, or hub id.")
+        str | None,
+        typer.Option(
+            help="Packaged model name (smollm2-135m-instruct, the default), Hugging Face folder, GGUF file, "
+            "or hub id."
+        ),
     ] = None,
     listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT to listen on; port 0 picks a free one.")
+        str | None,
+        typer.Option(help="HOST:PORT to listen on; 127.0.0.1:50051 by default, port 0 picks a free one."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64: what to compute in.")
+        str | None,
+        typer.Option(help="float32 (the default), bfloat16, float16 or float64: what to compute in."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps: what to compute on.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu (the default), cuda or mps: what to compute on.")
+    ] = None,
     kv_bytes: Annotated[
-        int | None, typer.Option(help="Memory for keys and values of all sessions (bytes).")
+        int | None, typer.Option(help="Memory for keys and values of all sessions (bytes); 1 GiB by default.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the offered plan (elements); 64 by default.")
     ] = None,
-    layout: Annotated[str | None, typer.Option(help="per_projection or fused.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="per_projection (the default): an A, M and B each for q, k and v; fused: one for all."
+        ),
+    ] = None,
     plan: Annotated[
         list[str] | None,
         typer.Option(
             help='A plan to offer, as JSON, e.g. \'{"name": "r16", "r_c2d": 16, "r_d2c": 16}\'. Repeatable.'
         ),
     ] = None,
-    max_context_tokens: Annotated[int | None, typer.Option(help="Longest conversation (tokens).")] = None,
-    max_step_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step.")] = None,
+    max_context_tokens: Annotated[
+        int | None, typer.Option(help="Longest conversation (tokens); the model's own limit by default.")
+    ] = None,
+    max_step_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in one step; 512 by default.")
+    ] = None,
     grace_period_s: Annotated[
-        float | None, typer.Option(help="How long a lost session may come back (seconds).")
+        float | None, typer.Option(help="How long a lost session may come back (seconds); 60 by default.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads; all cores by default.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Folder for models and A/B files.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with any of these settings and more.")
     ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info (the default), warning or error.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Serve a model. Settings come from flags, then PRIVATELORA_CLOUD_* variables, then the TOML file."""
     from pydantic import ValidationError
@@ -106,6 +125,14 @@ def serve(
             where = ".".join(str(part) for part in problem["loc"])
             print(f"error: setting {where}: {problem['msg']}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print(
+            f"error: {error}; is only the edge's side installed here? pip install '.[cloud]' adds this one",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise

@@ -1,9 +1,13 @@
 """Puts a server together: model, plans, engine, service, gRPC, and their orderly end."""
 
 import asyncio
+import contextlib
+import errno
 import logging
 import signal
+import socket
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import grpc
 import torch
@@ -108,6 +112,44 @@ def limits_of(
     )
 
 
+def check_place(config: CloudConfig) -> None:
+    """Refuse at once what would else fail only when the model has been fetched and loaded.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    OSError
+        If somebody listens on the address already.
+    """
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without the device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot compute on device {config.device!r}: {reason}") from None
+    host, _, port = config.listen.rpartition(":")
+    places = []
+    with contextlib.suppress(OSError, ValueError):  # an address that only gRPC can make sense of
+        places = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    if places and all(_is_taken(place[0], place[4]) for place in places):
+        raise _cannot_listen(config)
+
+
+def _is_taken(family: int, address: Any) -> bool:
+    """Whether somebody listens there; what else may be wrong with an address, gRPC finds out."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+def _cannot_listen(config: CloudConfig) -> OSError:
+    return OSError(f"cannot listen on {config.listen}: the port is taken or the address is not ours")
+
+
 async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -118,6 +160,7 @@ async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -
     on_ready
         Called with the bound address and the service once requests are answered.
     """
+    check_place(config)
     service = build_service(config)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers((service.handlers(),))
@@ -131,9 +174,7 @@ async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -
     try:
         bound = server.add_insecure_port(config.listen)
     except RuntimeError:
-        raise OSError(
-            f"cannot listen on {config.listen}: the port is taken or the address is not ours"
-        ) from None
+        raise _cannot_listen(config) from None  # taken while the model was loaded
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -17,7 +17,9 @@ COPY Makefile pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY edge_client edge_client
 
-# A CPU build of PyTorch keeps this image small.
+# pip's default build of PyTorch brings 4 GB of CUDA libraries, which an edge does not need; without them:
+#   --build-arg PIP_EXTRA_INDEX_URL=... (the CPU index that PyTorch's install page names)
+ARG PIP_EXTRA_INDEX_URL=
 ARG TORCH=torch==2.13.0
 RUN make install VENV=/opt/privatelora EXTRAS=edge TORCH="${TORCH}" \
  && rm -rf /root/.cache

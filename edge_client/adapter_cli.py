@@ -142,7 +142,9 @@ def _print_table(facts: list[dict[str, Any]]) -> None:
     from rich.table import Column, Table
 
     console = Console(highlight=False, markup=False)
-    table = Table("", Column("name", overflow="fold"), "made", "base model", "plan", "fingerprint", "size")
+    folded = (Column(title, overflow="fold") for title in ("name", "made", "base model", "plan"))
+    # A narrow terminal folds names, but a fingerprint that is cut short cannot be compared.
+    table = Table("", *folded, Column("fingerprint", no_wrap=True), Column("size", no_wrap=True))
     broken = []
     for entry in facts:
         mark, name, size = "*" if entry["in_use"] else "", _shown(entry["name"]), _size(entry["size_bytes"])

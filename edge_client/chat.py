@@ -117,11 +117,13 @@ class Chat:
             self._say("a new conversation")
         elif name == "/drop" and (argument.isdigit() or not argument):
             count = self.drop(int(argument or 1))
-            self._say(f"{count} turns forgotten, {self.turns} left")
+            self._say(f"{count} {'turn' if count == 1 else 'turns'} forgotten, {self.turns} left")
         elif name == "/adapter" and argument:
             chosen = resolve_adapter(argument)
             self.model.set_adapter(chosen)
             self._say(f"now with {self.model.adapter.name if chosen else 'the base model'}")
+        elif name in ("/drop", "/adapter"):
+            self._say(f"{name} takes {'a number' if name == '/drop' else 'a name or a file'}; see /help")
         else:
             self._say(f"no such command: {line[:40]} (/help lists them)")
         return True

@@ -1,4 +1,4 @@
-"""``privatelora-edge``: talk to a language model whose layers run in a cloud that never sees your text."""
+"""``privatelora-edge``: talk to a language model whose layers run in a cloud that is never sent your text."""
 
 import os
 
@@ -46,19 +46,34 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Use a language model whose layers run in a cloud. Your text, its tokens and your personal weights "
-    "stay on this machine; hidden states and low-rank codes cross the wire.",
+    "stay on this machine; hidden states and low-rank codes cross the wire. These can be decoded: a cloud "
+    "that wants to can read your text from them (see the project's threat model).\n\n"
+    "Settings come from flags, then PRIVATELORA_EDGE_* variables, then a TOML file: that of --config, or "
+    "edge.toml in the user's configuration folder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Imports torch only when a command needs it.
-app.add_typer(adapter_app, name="adapter")
-app.command()(tune)
 
 
-@app.callback()
-def main_callback() -> None:
-    """Use a language model whose layers run in a cloud; your text stays here."""
+@app.command()
+def info(
+    cloud: Cloud = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Show what a cloud offers: plans, fingerprints, limits, memory, versions. Sends nothing private."""
+    flags = _flags(locals())
+    with one_line_errors(debug):
+        settings = _settings(config, flags)
+        from edge_client.info import describe, show
+
+        facts = describe(settings)
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            show(facts)
 
 
 @app.command()
@@ -154,24 +169,9 @@ def chat(
                     _write(f"\nerror: {printable(str(error))}\n")
 
 
-@app.command()
-def info(
-    cloud: Cloud = None,
-    as_json: AsJson = False,
-    config: ConfigFile = None,
-    debug: Debug = False,
-) -> None:
-    """Show what a cloud offers: plans, fingerprints, limits, memory, versions. Sends nothing private."""
-    flags = _flags(locals())
-    with one_line_errors(debug):
-        settings = _settings(config, flags)
-        from edge_client.info import describe, show
-
-        facts = describe(settings)
-        if as_json:
-            print(json.dumps(facts))
-        else:
-            show(facts)
+# After the commands above, so that help lists them first. Imports torch only when a command needs it.
+app.command()(tune)
+app.add_typer(adapter_app, name="adapter")
 
 
 def _flags(given: dict[str, Any]) -> dict[str, Any]:

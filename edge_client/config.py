@@ -119,10 +119,18 @@ def load_config(file: Path | None = None, **flags: object) -> EdgeConfig:
         return FromFile(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            f"{'.'.join(map(str, problem['loc']))}: {_words(problem['type'], problem['loc'], problem['msg'])}"
             for problem in error.errors(include_url=False, include_input=False)
         ]
         where = f" (flags, {ENV_PREFIX}* or {chosen})" if chosen.is_file() else f" (flags or {ENV_PREFIX}*)"
         raise SettingsError(f"settings{where}: {'; '.join(problems)}") from None
     except ValueError as error:  # malformed TOML
         raise SettingsError(f"{chosen}: {error}") from None
+
+
+def _words(kind: str, place: tuple[int | str, ...], message: str) -> str:
+    """Return what is wrong with a setting; a pattern says less to a person than what it is meant for."""
+    field = EdgeConfig.model_fields.get(str(place[0])) if place else None
+    if kind == "string_pattern_mismatch" and field is not None:
+        return f"this cannot be it; needed: {field.description}"
+    return message

@@ -53,6 +53,11 @@ def open_model(
     """
     if wire_dtype is not None and wire_dtype not in wire.DTYPE_NAMES:
         raise ValueError(f"wire dtype {wire_dtype!r} is not one of {', '.join(wire.DTYPE_NAMES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without the device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot compute on device {str(device)!r}: {reason}") from None
     connection = Connection(target, timeouts)
     try:
         offer = CloudOffer.check(target, connection.describe())

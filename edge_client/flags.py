@@ -11,7 +11,12 @@ import typer
 from edge_client.plain import printable
 
 Cloud = Annotated[
-    str | None, typer.Option("--cloud", metavar="HOST:PORT", help="Where `privatelora-cloud serve` listens.")
+    str | None,
+    typer.Option(
+        "--cloud",
+        metavar="HOST:PORT",
+        help="Where `privatelora-cloud serve` listens; 127.0.0.1:50051 by default.",
+    ),
 ]
 AdapterName = Annotated[
     Path | None,
@@ -23,28 +28,47 @@ AdapterName = Annotated[
     ),
 ]
 PlanName = Annotated[
-    str | None, typer.Option("--plan", metavar="NAME", help="Split to use; `info` lists them.")
+    str | None, typer.Option("--plan", metavar="NAME", help="Split of the model to use; `info` lists them.")
 ]
 WireDtype = Annotated[
-    str | None, typer.Option("--wire-dtype", help="float32, bfloat16 or float16: what numbers travel as.")
+    str | None,
+    typer.Option(
+        "--wire-dtype", help="float32, bfloat16 or float16: what numbers travel as; the cloud's by default."
+    ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="What this side computes in; as the cloud by default.")
+    str | None,
+    typer.Option(
+        "--dtype", help="float32, bfloat16 or float16: what this side computes in; the cloud's by default."
+    ),
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps: where this side computes.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or mps: where this side computes; cpu by default.")
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest answer (tokens); 256 by default.")
 ]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="0: always the likeliest token; higher: more varied.")
+    float | None,
+    typer.Option(
+        "--temperature",
+        help="0: always the likeliest token; higher: more varied; the model's own by default.",
+    ),
 ]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens up to this sum.")
+    float | None,
+    typer.Option(
+        "--top-p", help="Sample only from the likeliest tokens that reach this probability together (0 to 1)."
+    ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable; any whole number.")]
 DraftTokens = Annotated[
     int | None,
-    typer.Option("--draft-tokens", metavar="N", help="Guess N tokens from the prompt a round trip."),
+    typer.Option(
+        "--draft-tokens",
+        metavar="N",
+        help="Guess up to N tokens ahead from the prompt, and check them in one step; 0 by default.",
+    ),
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message to begin with.")]
 FingerprintHex = Annotated[
@@ -55,7 +79,9 @@ AcceptNew = Annotated[
     bool | None,
     typer.Option("--accept-new-fingerprint", help="Trust a cloud whose model has changed, and remember it."),
 ]
-CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder for fetched parts.")]
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Folder for embeddings, head and tokenizer.")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -107,7 +107,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         dtype
             Their dtype; None is the dtype that the cloud computes in, as one process would.
         options
-            See `edge_client.connect.open_model`: cache folder, fingerprint, TLS and so on.
+            See `edge_client.connect.open_model`: cache folder, fingerprint, timeouts and so on.
         """
         from edge_client.connect import open_model
 

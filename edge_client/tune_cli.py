@@ -1,4 +1,4 @@
-"""``privatelora-edge tune``: personal weights from a data file, through a cloud that never sees it."""
+"""``privatelora-edge tune``: personal weights from a data file, through a cloud that is never sent it."""
 
 import json
 import sys
@@ -117,6 +117,8 @@ def tune(
     debug: Debug = False,
 ) -> None:
     """Learn personal weights from your own data. Text, labels and what is learned stay on this machine.
+
+    What crosses the wire can be decoded, labels too (see the project's threat model).
 
     Ctrl-C keeps what was learned so far; --resume goes on from there.
     """
@@ -254,13 +256,15 @@ def _run(
 
 
 def _say(job: "Job", outcome: "Outcome") -> None:
+    from edge_client.adapters import AdapterStore
+
     numbers: dict[str, Any] = outcome.summary
     rate = numbers["tokens"] / max(numbers["seconds"], 1e-9)
     spent = f"{numbers['steps']} steps, {numbers['epochs']:g} epochs, {numbers['tokens']:,} tokens"
     print(f"tuned {job.name} ({spent}, {rate:.0f} tok/s, {numbers['seconds'] / 60:.1f} min)")
     if numbers.get("validation_loss_after") is not None:
         before, after = numbers["validation_loss_before"], numbers["validation_loss_after"]
-        print(f"validation loss {before:.4f} -> {after:.4f} nats per token, kept from {numbers['kept_step']}")
+        print(f"validation loss {before:.4f} -> {after:.4f} nats per token, step {numbers['kept_step']} kept")
         if not numbers["kept_step"]:
             print("no step was better than the base model: M is zero; more data or another --lr may help")
     elif numbers["train_loss_last_epoch"] is not None:
@@ -268,6 +272,10 @@ def _say(job: "Job", outcome: "Outcome") -> None:
     print(f"adapter: {outcome.adapter}")
     if outcome.curve:
         print(f"loss curve: {outcome.curve}")
+    if outcome.adapter.parent == AdapterStore().folder:  # it has a name
+        print(f"try it: `privatelora-edge chat --adapter {job.name}`; keep it: `adapter use {job.name}`")
+    else:
+        print("try it: `privatelora-edge chat --adapter FILE`")
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class Progress(Watcher):
         held = f", {len(trainer.validation):,} held out" if trainer.validation else ""
         begun = f", from step {state.step}" if state.step else ""
         self._console.print(
-            f"{len(trainer.train):,} examples{held}; {self._total:,} steps of up to "
+            f"{len(trainer.train):,} to learn from{held}; {self._total:,} steps of up to "
             f"{trainer.config.batch_size} examples, learning rate {trainer.lr:g}{begun}"
         )
 

@@ -57,6 +57,13 @@ def run(*args, **options):
     return CliRunner().invoke(cli.app, ["adapter", *args], env=COLUMNS, **options)
 
 
+def test_a_narrow_terminal_cuts_no_fingerprint_short(store):
+    put(store, "me")
+    facts = json.loads(run("list", "--json").stdout)
+    shown = CliRunner().invoke(cli.app, ["adapter", "list"], env={"COLUMNS": "80"}).stdout
+    assert facts[0]["fingerprint"][:12] in shown and "\u2026" not in shown
+
+
 # --- names and files ------------------------------------------------------------------------------------
 
 

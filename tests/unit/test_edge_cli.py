@@ -86,7 +86,7 @@ def test_flags_win_over_environment_over_file(tmp_path, monkeypatch):
         ("colour = 1", "colour"),
         ("seed = -1", "seed"),
         ("seed = ", "mine.toml"),
-        ('cloud = "nowhere"', "cloud"),
+        ('cloud = "nowhere"', r"cloud: .*HOST:PORT"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, text, message):
@@ -94,6 +94,11 @@ def test_wrong_settings_are_named(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(SettingsError, match=message):
         load_config(file)
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_is_sent():
+    result = CliRunner().invoke(cli.app, ["generate", "--prompt", "Hi", "--device", "cuda:99"])
+    assert result.exit_code == 1 and "cannot compute on device 'cuda:99'" in result.stderr
 
 
 def test_unknown_environment_is_named(monkeypatch):
@@ -222,6 +227,8 @@ def test_commands(model, tmp_path):
     assert talk.chat.command("/drop 5") and talk.chat.turns == 0
     assert talk.chat.command("/reset") and talk.chat.command("/help") and talk.chat.command("/nonsense")
     assert "no such command" in talk.lines[-1]
+    for known in ("/drop two", "/adapter"):  # known, but not like this
+        assert talk.chat.command(known) and f"{known.split()[0]} takes" in talk.lines[-1]
     assert not talk.chat.command("/quit")
 
 

@@ -103,6 +103,7 @@ def test_a_run_makes_an_adapter_with_a_summary_and_a_curve(fake, data, tmp_path)
     assert result.exit_code == 0, result.output
     path = tmp_path / "data" / "adapters" / "letters.safetensors"
     assert f"adapter: {path}" in result.stdout and "validation loss" in result.stdout
+    assert "chat --adapter letters`" in result.stdout
     made = Adapter.load(path)
     assert (made.name, made.plan, made.fingerprint) == ("letters", fake.edge.adapter.plan, fake.fingerprint)
     assert any(matrix.any() for matrix in made.matrices.values())
