@@ -5,6 +5,7 @@ two lie mixed and leave holes: a third more memory, measured, and not given back
 kept into a block of its own costs two percent of the time. On a GPU torch's own allocator does as well.
 """
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,7 @@ class Arena:
     """
 
     def __init__(self, size: int) -> None:
-        self._storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
+        self._storage = torch.frombuffer(_pages(size), dtype=torch.uint8).untyped_storage()
         self.size, self.used = size, 0
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -73,3 +74,17 @@ class Arena:
         self.used = start + count * dtype.itemsize
         # Not a view: views of one tensor share a version, and writing to one would look like writing to all.
         return torch.empty(0, dtype=dtype).set_(self._storage, start // dtype.itemsize, (count,), (1,))
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Return memory that is not taken before it is written to: where possible, 2 MiB at a time.
+
+    By pages of 4 KiB, taking it costs as much as a fifth of the layers' own way forward.
+    """
+    try:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # memory that is shared is not given in large pages
+        found = mmap.mmap(-1, max(1, size), flags=private)
+        found.madvise(mmap.MADV_HUGEPAGE)
+    except (AttributeError, OSError):  # no such thing on this system
+        found = mmap.mmap(-1, max(1, size))
+    return found

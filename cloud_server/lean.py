@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cloud_server.attention import Asked, Attends
+from cloud_server.gated import Gated
 
 Call = Callable[[Tensor], Tensor]
 FEW_TOKENS = (4, 64)  # see `product`
@@ -190,11 +191,12 @@ class LeanLayer:
         """Run the layer on ``hidden (tokens, hidden_size)`` and ``qkv (tokens, q_dim + 2 kv_dim)``."""
         tokens, heads = hidden.shape[0], self.heads
         all_heads = qkv.view(tokens, -1, self.head_dim).transpose(0, 1)
-        qk, v = all_heads[: self.rotated], all_heads[self.rotated :]
+        qk, v = torch.split(all_heads, [self.rotated, len(all_heads) - self.rotated])
         if self.head_norm is not None:
             qk = self.head_norm(qk)
         qk = rotate(qk, rotary)  # (heads + kv_heads, tokens, head_dim): both in one go
-        seen = batch.attend(self.asked, qk[:heads], qk[heads:], v)
+        q, k = torch.split(qk, [heads, self.rotated - heads])
+        seen = batch.attend(self.asked, q, k, v)
         seen = seen.transpose(0, 1).reshape(tokens, -1)  # (tokens, q_dim)
         if not self.sandwich:
             hidden = self.out.onto(hidden, seen)
@@ -205,6 +207,9 @@ class LeanLayer:
     def _gated(self, x: Tensor) -> Tensor:
         """Return ``activation(gate) * up`` of ``x (tokens, hidden_size)``: ``(tokens, width)``."""
         products = self.gate_up(x)
+        if torch.is_grad_enabled():
+            found: Tensor = Gated.apply(products, self.activation)  # type: ignore[no-untyped-call]
+            return found
         return self.activation(products[:, : self.width]) * products[:, self.width :]
 
 

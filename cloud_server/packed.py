@@ -6,7 +6,6 @@ layers, codes or gradients.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +38,11 @@ class PackedAttention:
         grouped = q.view(kv_heads, group, tokens, head_dim)
         k, v = (part[:, None].expand(-1, group, -1, -1) for part in (k, v))
         outs = []
-        for end, length in zip(accumulate(self.lengths), self.lengths, strict=True):
-            at = end - length
+        for length, *sequence in zip(self.lengths, *map(self._by_sequence, (grouped, k, v)), strict=True):
             for lo, hi, first in _blocks(length, window):
-                queries = grouped[:, :, at + lo : at + hi]
-                keys, values = k[:, :, at + first : at + hi], v[:, :, at + first : at + hi]
+                queries, keys, values = sequence
+                if hi - lo < length:
+                    queries, keys, values = queries[:, :, lo:hi], keys[:, :, first:hi], values[:, :, first:hi]
                 if softcap is None and hi - first == hi - lo and (window is None or hi - lo <= window):
                     outs.append(
                         F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
@@ -60,6 +59,10 @@ class PackedAttention:
     def owns(self, address: int) -> bool:
         """Whether this is the address of a mask: layers share them."""
         return any(mask.untyped_storage().data_ptr() == address for mask in self._masks.values())
+
+    def _by_sequence(self, heads: Tensor) -> Sequence[Tensor]:
+        """Cut ``(kv_heads, group, tokens, head_dim)``. Slices would each fill a gradient of all tokens."""
+        return (heads,) if len(self.lengths) == 1 else torch.split(heads, list(self.lengths), dim=2)
 
     def _mask(self, lo: int, hi: int, first: int, window: int | None, like: Tensor) -> Tensor:
         """Return what is added to the logits, 0 or -inf: ``(hi - lo, hi - first)``. Equal blocks share it."""

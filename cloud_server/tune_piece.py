@@ -15,7 +15,10 @@ from cloud_server.packed import PackedAttention
 
 
 class Stage(IntEnum):
-    """What happens next to a piece. The order is that in which pieces at one layer are served."""
+    """What happens next to a piece. The order is that in which pieces at one layer are served.
+
+    Only codes do not wait for pieces at lower layers: while those run, the edge answers.
+    """
 
     EMIT = 0  # norm, codes xA
     STASH = 1  # base q, k, v products, while the codes are in flight
@@ -60,10 +63,11 @@ class Piece:
         return self.hi - self.lo
 
     @property
-    def order(self) -> tuple[bool, int, int, int]:
+    def order(self) -> tuple[bool, bool, int, int, int]:
         """Rank among pieces that are ready: least first. Rows of one tensor then leave in order."""
         back = self.stage >= Stage.GRADIENT
-        return not back, -self.layer if back else self.layer, self.stage, self.index
+        layer = -self.layer if back else self.layer
+        return self.stage != Stage.EMIT, not back, layer, self.stage, self.index
 
 
 @dataclass

@@ -30,8 +30,8 @@ def tuning_bytes(
     *kept*, per token and layer, until the batch is done:
         its input ``d`` and, with checkpointing, residual codes ``groups * r_d2c``: the layer is run again.
         Without: q|k|v ``qkv``, rotated queries and keys ``q_dim + kv_dim``, what attention returns
-        ``q_dim`` with a log-sum a head, the sum before the MLP ``d``, and ``3 w``: gate, up and the
-        activated gate. Where a layer norms what it adds (Gemma), ``2 d`` more. Inputs of norms count in
+        ``q_dim`` with a log-sum a head, the sum before the MLP ``d``, and ``2 w``: gate and up.
+        Where a layer norms what it adds (Gemma), ``2 d`` more. Inputs of norms count in
         float32 if ``e`` is smaller, those of the norms of heads (Qwen 3, Gemma 3) only then. Where it
         bounds its logits (Gemma 2), copies of keys and values for every query head, and twice the logits:
         ``2 heads * visible positions``.
@@ -39,7 +39,7 @@ def tuning_bytes(
         three gradients on the way back, ``2 d + qkv``, and the residual codes of the layers that one
         exchange feeds, on their way in or their gradients out.
     *working*, per token of the largest piece:
-        gradients inside one layer, ``4 w + 2 d + 2 qkv``, and all that it computes, as under *kept*
+        gradients inside one layer, ``6 w + 2 d + 2 qkv``, and all that it computes, as under *kept*
         without checkpointing: before it is copied to where it is kept, or when it is run again.
     *1.06*:
         holes that short-lived tensors leave in the allocator's heap; measured: 1.03 to 1.08.
@@ -72,7 +72,7 @@ def tuning_bytes(
     codes = e * plan.residual_width
     fed = max((len(plan.fed_by(layer)) for layer in plan.exchange_layers), default=0)
     piece = min(tokens, max(piece_tokens, longest))
-    working = e * (4 * w + 2 * d + 2 * qkv)
+    working = e * (6 * w + 2 * d + 2 * qkv)
     passing = e * (2 * d + qkv) + fed * codes
     working += max((_graph_bytes(geometry, layer, longest, e) for layer in _kept_layers(plan)), default=0)
     return int(HOLES * (kept + tokens * passing + piece * working))
@@ -98,7 +98,7 @@ def _graph_bytes(geometry: Geometry, layer: int, longest: int, e: int) -> int:
     """Return what a layer with its graph keeps of one token (bytes)."""
     g, wide = geometry, max(e, WIDE_BYTES)
     d, heads, window = g.hidden_size, g.num_heads, g.windows[layer]
-    kept = e * (d + (g.q_dim + 2 * g.kv_dim) + (g.q_dim + g.kv_dim) + g.q_dim + 3 * g.intermediate_size)
+    kept = e * (d + (g.q_dim + 2 * g.kv_dim) + (g.q_dim + g.kv_dim) + g.q_dim + 2 * g.intermediate_size)
     norms = wide * (3 * d if g.has_sandwich_norms else d)
     if g.has_head_norms and e < wide:
         norms += wide * (g.q_dim + g.kv_dim)

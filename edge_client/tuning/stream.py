@@ -6,11 +6,12 @@ goes. Everything the cloud sends is checked before it is used. Knows hidden stat
 gradients; no tokens, no labels, no loss. M and dL/dM never leave this process.
 
 Products run on the connection's thread, which computes on one core: their bits do not depend on how
-many cores there are, and whole tensors are multiplied, so neither on how the cloud cuts its messages.
+many cores there are. Rows are multiplied as soon as they are there, or the cloud would wait for the last of
+them; always in the same blocks of whole sequences, so bits do not depend on how the cloud cuts its messages.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 
+BLOCK_TOKENS = (
+    64  # fewest that are multiplied at once, if a batch has as many: fewer would be many small calls
+)
 WIRE_DTYPES = (pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64)  # gradients underflow in float16
 
 Matrices = Mapping[int, Tensor]  # layer -> M (groups, r_c2d, r_d2c)
@@ -47,9 +51,20 @@ class Batch:
     """What is kept of the batch under way until its gradients are back."""
 
     number: int
-    tokens: int
+    lengths: Sequence[int]
     matrices: Matrices
     codes: dict[int, Tensor] = field(default_factory=dict)  # exchanging layer -> (tokens, groups * r_c2d)
+
+    def __post_init__(self) -> None:
+        """Count tokens; cut the batch into blocks."""
+        self.tokens = sum(self.lengths)
+        self.ends: list[int] = []  # of blocks: whole sequences that are multiplied together
+        begin = end = 0
+        for length in self.lengths:
+            end += length
+            if end - begin >= BLOCK_TOKENS or end == self.tokens:
+                self.ends.append(end)
+                begin = end
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,8 +146,8 @@ class TuneStream:
         if hidden.shape != (sum(lengths), self.plan.hidden_size):
             raise ValueError(f"h0 has shape {tuple(hidden.shape)} for sequences of {sum(lengths)} tokens")
         self._number += 1
-        batch = Batch(self._number, sum(lengths), matrices)
-        found = self._run(self._forward(batch, hidden, lengths, forward_only))
+        batch = Batch(self._number, lengths, matrices)
+        found = self._run(self._forward(batch, hidden, forward_only))
         self._batch = None if forward_only else batch
         return found
 
@@ -167,23 +182,28 @@ class TuneStream:
 
     # --- on the connection's thread from here on --------------------------------------------------------
 
-    async def _forward(
-        self, batch: Batch, hidden: Tensor, lengths: Sequence[int], forward_only: bool
-    ) -> Tensor:
+    async def _forward(self, batch: Batch, hidden: Tensor, forward_only: bool) -> Tensor:
         plan = self.plan
-        announced = pb.Batch(batch=batch.number, lengths=lengths, forward_only=forward_only)
+        announced = pb.Batch(batch=batch.number, lengths=batch.lengths, forward_only=forward_only)
         await self._write(pb.TuneRequest(batch=announced))
         await self._send(batch, "hidden", 0, hidden)
         for exchange in plan.exchange_layers:
-            codes = await self._receive(batch, "codes", exchange, plan.codes_width, batch.dtype)
-            for layer in plan.fed_by(exchange):
-                z = joined(torch.bmm(by_group(codes, plan), batch.matrices[layer]))
-                await self._send(batch, "residual_codes", layer, z)  # (tokens, groups * r_d2c)
+            codes = torch.empty(batch.tokens, plan.codes_width, dtype=batch.dtype)
+            z = {layer: codes.new_empty(batch.tokens, plan.residual_width) for layer in plan.fed_by(exchange)}
+            async for blocks in self._blocks(batch, "codes", exchange, codes):
+                for layer, answer in z.items():
+                    for lo, hi in blocks:
+                        torch.bmm(
+                            by_group(codes[lo:hi], plan), batch.matrices[layer],
+                            out=by_group(answer[lo:hi], plan),
+                        )  # fmt: skip
+                    await self._send(batch, "residual_codes", layer, answer, blocks[0][0], blocks[-1][1])
             if not forward_only:
                 batch.codes[exchange] = codes
             self.traffic.round_trips += 1
-        wide = wire.TORCH_DTYPES[self.wire_dtype]
-        found = await self._receive(batch, "hidden", None, plan.hidden_size, wide)
+        found = torch.empty(batch.tokens, plan.hidden_size, dtype=wire.TORCH_DTYPES[self.wire_dtype])
+        async for _ in self._rows(batch, "hidden", None, found):
+            pass
         self.traffic.round_trips += 1
         if forward_only:
             await self._expect_done(batch)
@@ -192,40 +212,61 @@ class TuneStream:
     async def _backward(self, batch: Batch, gradient: Tensor) -> dict[int, Tensor]:
         plan = self.plan
         await self._send(batch, "hidden_gradient", 0, gradient)
-        gradients: dict[int, Tensor] = {}
+        gradients = {layer: torch.zeros_like(batch.matrices[layer]) for layer in plan.adapted_layers}
         for exchange in reversed(plan.exchange_layers):
-            codes = by_group(batch.codes.pop(exchange), plan)  # (groups, tokens, r_c2d)
-            upstream: Tensor | None = None  # dL/dc
+            codes = batch.codes.pop(exchange)  # (tokens, groups * r_c2d)
+            upstream = torch.zeros_like(codes)  # dL/dc
+            lowest, *_ = plan.fed_by(exchange)
             for layer in reversed(plan.fed_by(exchange)):
-                kind, width = "residual_codes_gradient", plan.residual_width
-                rows = await self._receive(batch, kind, layer, width, batch.dtype)
-                dz = by_group(rows, plan)  # (groups, tokens, r_d2c)
-                gradients[layer] = torch.bmm(codes.transpose(1, 2), dz)  # (groups, r_c2d, r_d2c)
-                if exchange != plan.exchange_layers[0]:
-                    part = torch.bmm(dz, batch.matrices[layer].transpose(1, 2))  # (groups, tokens, r_c2d)
-                    upstream = part if upstream is None else upstream + part
-            if upstream is not None:  # nothing below the lowest exchange has anything to learn
-                await self._send(batch, "codes_gradient", exchange, joined(upstream))
+                dz = codes.new_empty(batch.tokens, plan.residual_width)
+                async for blocks in self._blocks(batch, "residual_codes_gradient", layer, dz):
+                    for lo, hi in blocks:
+                        c, g = by_group(codes[lo:hi], plan), by_group(dz[lo:hi], plan)
+                        gradients[layer].baddbmm_(c.transpose(1, 2), g)  # (groups, r_c2d, r_d2c)
+                        if exchange != plan.exchange_layers[0]:
+                            by_group(upstream[lo:hi], plan).baddbmm_(g, batch.matrices[layer].transpose(1, 2))
+                    # Nothing below the lowest exchange has anything to learn.
+                    if layer == lowest and exchange != plan.exchange_layers[0]:
+                        await self._send(
+                            batch, "codes_gradient", exchange, upstream, blocks[0][0], blocks[-1][1]
+                        )
             self.traffic.round_trips += 1
         await self._expect_done(batch)
-        return {layer: gradients[layer] for layer in plan.adapted_layers}
+        return gradients
 
-    async def _send(self, batch: Batch, kind: str, layer: int, tensor: Tensor) -> None:
-        """Send a tensor ``(tokens, width)`` in as many messages as it takes."""
+    async def _send(
+        self, batch: Batch, kind: str, layer: int, tensor: Tensor, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Send rows of a tensor ``(tokens, width)`` in as many messages as it takes; all by default."""
         row_bytes = tensor.shape[1] * wire.TORCH_DTYPES[self.wire_dtype].itemsize
         count = max(1, wire.ROWS_BYTES // row_bytes)
-        for first in range(0, batch.tokens, count):
+        stop = batch.tokens if stop is None else stop
+        for first in range(start, stop, count):
             request = pb.TuneRequest()
             rows: pb.Rows = getattr(request, kind)
             rows.batch, rows.layer, rows.first = batch.number, layer, first
-            wire.fill(rows.rows, tensor[first : first + count], self.wire_dtype)
+            wire.fill(rows.rows, tensor[first : min(first + count, stop)], self.wire_dtype)
             await self._write(request)
 
-    async def _receive(
-        self, batch: Batch, kind: str, layer: int | None, width: int, dtype: torch.dtype
-    ) -> Tensor:
-        """Return the next tensor ``(tokens, width)`` in ``dtype``; ``layer`` None is any."""
-        found = torch.empty(batch.tokens, width, dtype=dtype)
+    async def _blocks(
+        self, batch: Batch, kind: str, layer: int, into: Tensor
+    ) -> AsyncIterator[list[tuple[int, int]]]:
+        """Receive a tensor; yield the blocks ``(first row, end)`` that have become whole, in order."""
+        begin, ends = 0, iter(batch.ends)
+        end = next(ends)
+        async for at in self._rows(batch, kind, layer, into):
+            whole = []
+            while end <= at:
+                whole.append((begin, end))
+                begin, end = end, next(ends, batch.tokens + 1)
+            if whole:
+                yield whole
+
+    async def _rows(self, batch: Batch, kind: str, layer: int | None, into: Tensor) -> AsyncIterator[int]:
+        """Receive the next tensor ``(tokens, width)``; yield how many rows are there, message by message.
+
+        ``layer`` None is any.
+        """
         what = kind.replace("_", " ") + ("" if layer is None else f" of layer {layer}")
         at = 0
         while at < batch.tokens:
@@ -239,10 +280,10 @@ class TuneStream:
                 raise ProtocolError(
                     f"{what}: {count} rows from row {rows.first}, expected rows from {at} of {batch.tokens}"
                 )
-            piece = wire.decode(rows.rows, dtype=self.wire_dtype, shape=(count, width), what=what)
-            found[at : at + count] = piece
+            shape = (count, into.shape[1])
+            into[at : at + count] = wire.decode(rows.rows, dtype=self.wire_dtype, shape=shape, what=what)
             at += count
-        return found
+            yield at
 
     async def _expect_done(self, batch: Batch) -> None:
         done = (await self._read("done")).done
@@ -304,8 +345,3 @@ class TuneStream:
 def by_group(rows: Tensor, plan: Plan) -> Tensor:
     """Return ``(tokens, groups * width)`` as a view ``(groups, tokens, width)``."""
     return rows.view(rows.shape[0], plan.groups, -1).transpose(0, 1)
-
-
-def joined(groups: Tensor) -> Tensor:
-    """Return ``(groups, tokens, width)`` as ``(tokens, groups * width)``: undoes `by_group`."""
-    return groups.transpose(0, 1).reshape(groups.shape[1], -1)

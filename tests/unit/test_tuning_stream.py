@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edge_client.streams import SessionError
+from edge_client.tuning import stream as stream_module
 from edge_client.tuning.stream import TuneStream
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -82,6 +83,7 @@ class Scripted:
         self.m = {layer: draw(*shape) for layer in plan.adapted_layers}
         self.heard: list[tuple[str, int]] = []
         self.number = 0
+        self.waits_for_answers = False
         self.loop = asyncio.new_event_loop()
         self.serving: list[asyncio.Task[None]] = []
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -108,8 +110,8 @@ class Scripted:
             assert torch.equal(await self.gather("hidden", 0, WIDTH), self.h0)
             for exchange in plan.exchange_layers:
                 await self.rows("codes", exchange, self.codes[exchange])
-                for layer in plan.fed_by(exchange):
-                    z = await self.gather("residual_codes", layer, plan.residual_width)
+                found = await self.gather_all("residual_codes", plan.fed_by(exchange), plan.residual_width)
+                for layer, z in found.items():
                     torch.testing.assert_close(z, self.by_group(self.codes[exchange], self.m[layer]))
             await self.rows("hidden", 0, self.last)
             if not batch.forward_only:
@@ -137,21 +139,32 @@ class Scripted:
 
     async def gather(self, kind: str, layer: int, width: int) -> Tensor:
         self.heard.append((kind, layer))
-        parts: list[Tensor] = []
-        while (at := sum(map(len, parts))) < TOKENS:
+        return (await self.gather_all(kind, (layer,), width))[layer]
+
+    async def gather_all(self, kind: str, layers: Sequence[int], width: int) -> dict[int, Tensor]:
+        """Take the rows of some layers, each layer's in order, however they alternate."""
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        while any(sum(map(len, part)) < TOKENS for part in parts.values()):
             message = await self.take()
             assert message.WhichOneof("message") == kind
             rows = getattr(message, kind)
-            assert (rows.batch, rows.layer, rows.first) == (self.number, layer, at)
+            part = parts[rows.layer]
+            assert (rows.batch, rows.first) == (self.number, sum(map(len, part)))
             shape = (rows.rows.shape[0], width)
-            parts.append(wire.decode(rows.rows, dtype=DOUBLE, shape=shape, what=kind))
-        return torch.cat(parts)
+            part.append(wire.decode(rows.rows, dtype=DOUBLE, shape=shape, what=kind))
+        return {layer: torch.cat(part) for layer, part in parts.items()}
 
     async def rows(self, kind: str, layer: int, tensor: Tensor) -> None:
         for first in range(0, TOKENS, self.chunk):
             piece = wire.encode(tensor[first : first + self.chunk], DOUBLE)
             message = pb.Rows(batch=self.number, layer=layer, first=first, rows=piece)
             await self.give(pb.TuneResponse(**{kind: message}))
+            answered = {("codes", 0), ("codes", 2), ("residual_codes_gradient", 2)}
+            if self.waits_for_answers and first == 0 and (kind, layer) in answered:
+                deadline = self.loop.time() + 5
+                while self.call.up.empty():
+                    assert self.loop.time() < deadline, "one sequence is not answered on its own"
+                    await asyncio.sleep(0.001)
 
     async def give(self, message: pb.TuneResponse) -> None:
         replaced = self.spoil(message)
@@ -201,9 +214,11 @@ def batch_of(cloud: Scripted, stream: TuneStream) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("plan", [PER_LAYER, GROUPED], ids=["per-layer", "grouped"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("block", [1, 100], ids=["a block a sequence", "one block"])
 def test_a_batch_there_and_back(
-    plan: Plan, chunk: int, monkeypatch: pytest.MonkeyPatch, scripted: Any
+    plan: Plan, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch, scripted: Any
 ) -> None:
+    monkeypatch.setattr(stream_module, "BLOCK_TOKENS", block)
     monkeypatch.setattr(wire, "ROWS_BYTES", 100)  # tensors take several messages
     cloud = scripted(plan, chunk)
     stream = cloud.connect()
@@ -224,9 +239,21 @@ def test_a_batch_there_and_back(
     stream.close()
 
 
-def test_gradients_do_not_depend_on_how_the_cloud_cuts(scripted: Any) -> None:
+@pytest.mark.parametrize("block", [1, 100], ids=["a block a sequence", "one block"])
+def test_gradients_do_not_depend_on_how_the_cloud_cuts(
+    block: int, monkeypatch: pytest.MonkeyPatch, scripted: Any
+) -> None:
+    monkeypatch.setattr(stream_module, "BLOCK_TOKENS", block)
     found = [batch_of(cloud, cloud.connect()) for cloud in (scripted(GROUPED, 1), scripted(GROUPED, 100))]
     assert all(torch.equal(found[0][layer], found[1][layer]) for layer in GROUPED.adapted_layers)
+
+
+def test_rows_are_answered_while_others_are_awaited(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
+    monkeypatch.setattr(stream_module, "BLOCK_TOKENS", 1)
+    cloud = scripted(PER_LAYER, chunk=3)  # the first sequence, then the second in two parts
+    cloud.waits_for_answers = True
+    batch_of(cloud, cloud.connect())
+    cloud.settle()
 
 
 def spoiled(kind: str, **changes: Any) -> Callable[[pb.TuneResponse], Any]:
