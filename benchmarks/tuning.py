@@ -8,7 +8,8 @@
 
 Every run is a line of ``benchmarks/tuning_runs.jsonl`` and is never run twice. Ctrl-C or the end of
 ``--budget-minutes`` loses at most two minutes: run the same command again to go on. Runs on the
-single-process reference; the figures come as one JSON line last.
+single-process reference, those of ``--wire-seeds`` once more through a cloud process; the figures come
+as one JSON line last.
 """
 
 import os
@@ -27,11 +28,12 @@ from typing import Any
 
 from benchmarks import tuning_table
 from benchmarks.datasets import MAX_WORDS, TASKS, VALIDATION_ROWS
-from benchmarks.tuning_bench import Bench, OutOfTimeError
+from benchmarks.tuning_bench import PRODUCTS, Bench, OutOfTimeError
 from benchmarks.tuning_runs import Record, Spec, best, mean_of, rungs, survivors, wider
 from shared.models import DEFAULT_MODEL
 from shared.plan import Initialiser, Layout
 
+METHODS = ("lora", "privatelora")
 RECORD = Path(__file__).with_name("tuning_runs.jsonl")
 LORA_RATES = (3e-4, 1e-3, 3e-3)
 # PrivateLoRA's are these divided by the gain of A and B (see `unit_rate`), for M sits between the two:
@@ -48,22 +50,28 @@ def compare(bench: Bench) -> dict[str, Any]:
     """Run every method on every task and return the test scores."""
     o, out = bench.options, {}
     for task in o.tasks:
-        for method in ("base", "majority"):
+        for method in ("base", "majority") if bench.task(task).labels else ("base",):
             bench.run(bench.spec(stage="compare", task=task, method=method))
-        for method in ("lora", "privatelora"):
+        for method in o.methods:
             spec = bench.spec(stage="compare", task=task, method=method)
             if method == "privatelora":
                 spec = dataclasses.replace(spec, rank=o.rank, initialiser=o.initialiser, layout=o.layout)
                 rates = [bench.rate(spec, relative) for relative in PRIVATE_RATES]
             else:
                 rates = list(LORA_RATES)
-            scores = {lr: bench.run(dataclasses.replace(spec, lr=lr)).score for lr in rates}
+            # Only the chosen rate's runs get to see the test set.
+            tried = {lr: dataclasses.replace(spec, lr=lr).choosing for lr in rates}
+            scores = {lr: bench.run(tried[lr]).score for lr in rates}
             while (more := wider(scores, RATE_FACTOR, MOST_RATES)) is not None:
-                scores[more] = bench.run(dataclasses.replace(spec, lr=more)).score
-            chosen = best(scores)
-            runs = [bench.run(dataclasses.replace(spec, lr=chosen, seed=seed)) for seed in range(o.seeds)]
+                tried[more] = dataclasses.replace(spec, lr=more).choosing
+                scores[more] = bench.run(tried[more]).score
+            chosen = dataclasses.replace(spec, lr=best(scores))
+            runs = [bench.run(dataclasses.replace(chosen, seed=seed)) for seed in range(o.seeds)]
+            bench.forget([*tried.values(), *(run.spec for run in runs)])
+            for seed in range(o.wire_seeds if method == "privatelora" else 0):
+                bench.run(dataclasses.replace(chosen, seed=seed, transport="wire"))
             nats = [run.test.nats for run in runs if run.test and run.test.nats is not None]
-            out[f"{task} {method}"] = {"lr": chosen, "test_nats": mean_of(nats), "seeds": len(nats)}
+            out[f"{task} {method}"] = {"lr": chosen.lr, "test_nats": mean_of(nats), "seeds": len(nats)}
     return out
 
 
@@ -97,14 +105,20 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--words", type=int, default=MAX_WORDS, help="longest text in train and validation")
     runs.add_argument("--test-words", type=int, default=MAX_WORDS, help="longest text in test")
     runs.add_argument("--test-rows", type=int, default=100_000, help="at most this many test rows")
+    runs.add_argument(
+        "--precision", choices=PRODUCTS, default="float32",
+        help="of the layers' products; bfloat16 ones are summed in float32, and faster where there is AMX",
+    )  # fmt: skip
     runs.add_argument("--validation-rows", type=int, default=VALIDATION_ROWS, help="at most this many")
     out = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = out.add_subparsers(dest="command", required=True)
     own = commands.add_parser("compare", parents=[runs], help="PrivateLoRA against LoRA and no tuning")
-    own.add_argument("--tasks", nargs="+", choices=TASKS, default=["boolq", "reuters8"])
+    own.add_argument("--tasks", nargs="+", choices=TASKS, default=["reuters8", "boolq"])
+    own.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     own.add_argument("--steps", type=int, default=120, help="optimiser steps")
     own.add_argument("--batch", type=int, default=16, help="examples in a batch")
     own.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate")
+    own.add_argument("--wire-seeds", type=int, default=0, help="of these, how many also through a cloud")
     own.add_argument("--rank", type=int, default=64, help="rank of the plan")
     own.add_argument("--initialiser", choices=INITIALISERS, default="orthonormal")
     own.add_argument("--layout", choices=LAYOUTS, default="per_projection")

@@ -233,9 +233,9 @@ def train(
     steps, peak
         Number of steps and highest learning rate of AdamW.
     deadline
-        When to stop, by ``time.monotonic``; the state then goes to ``saved``.
+        When to stop, by ``time.monotonic``.
     saved
-        Where an interrupted run left its state, and where this one leaves its own.
+        Where an interrupted run left its state, and where this one leaves its own, finished or not.
     show
         Whether to print the loss now and then.
     """
@@ -266,7 +266,7 @@ def train(
         if saved and time.monotonic() - kept > SAVE_SECONDS:
             _save(saved, learner, optimizer, progress)
             kept = time.monotonic()
-    if saved and time.monotonic() >= deadline:
+    if saved and (progress.step == steps or time.monotonic() >= deadline):
         _save(saved, learner, optimizer, progress)
     return progress
 
