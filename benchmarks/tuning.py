@@ -4,7 +4,7 @@
              chosen on validation rows; then more seeds at that rate; scored on the whole test set.
 ``sweep``    ranks x initialisers x layouts x learning rates in short runs, judged on validation rows;
              each round keeps the better half and doubles the steps.
-``table``    what the record says, in markdown; ``plot`` draws the sweep.
+``table``    what the record says, in markdown; ``plot`` draws the sweep or the persona.
 
 Every run is a line of ``benchmarks/tuning_runs.jsonl`` and is never run twice. Ctrl-C or the end of
 ``--budget-minutes`` loses at most two minutes: run the same command again to go on. Runs on the
@@ -33,6 +33,7 @@ from benchmarks.tuning_runs import Record, Spec, best, mean_of, rungs, survivors
 from shared.models import DEFAULT_MODEL
 from shared.plan import Initialiser, Layout
 
+PLOTS = {"sweep": tuning_table.plot, "persona": tuning_table.plot_persona}
 METHODS = ("lora", "privatelora")
 RECORD = Path(__file__).with_name("tuning_runs.jsonl")
 LORA_RATES = (3e-4, 1e-3, 3e-3)
@@ -128,8 +129,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--batch", type=int, default=8, help="examples in a batch")
     own.add_argument("--last", type=int, default=6, help="runs in the last round")
     commands.add_parser("table", parents=[common], help="print the record in markdown")
-    own = commands.add_parser("plot", parents=[common], help="quality against bytes on the wire, as PNG")
-    own.add_argument("--out", type=Path, default=Path("docs/tuning_sweep.png"))
+    own = commands.add_parser("plot", parents=[common], help="the sweep or the persona, as PNG")
+    own.add_argument("what", choices=PLOTS, nargs="?", default="sweep")
+    own.add_argument("--out", type=Path, help="docs/tuning_<what>.png by default")
     return out
 
 
@@ -140,7 +142,8 @@ def main() -> int:
         print(tuning_table.markdown(Record(options.record)))
         return 0
     if options.command == "plot":
-        tuning_table.plot(Record(options.record), options.out)
+        out = options.out or Path(f"docs/tuning_{options.what}.png")
+        PLOTS[options.what](Record(options.record), out)
         return 0
     bench = Bench(options)
     figures: dict[str, Any] = {"benchmark": f"tuning {options.command}", "finished": False}

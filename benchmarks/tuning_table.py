@@ -194,3 +194,32 @@ def plot(record: Record, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def plot_persona(record: Record, path: Path, task: str = "persona") -> None:
+    """Draw the held-out perplexity of one writer's answers, before tuning and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [run for run in record if run.spec.stage == "compare" and run.spec.task == task]
+    bars: list[tuple[str, float]] = []
+    for group in _by_setting(runs):
+        for run in chosen(group)[:1]:
+            if run.test and run.test.perplexity is not None:
+                bars.append((_method(run.spec), run.test.perplexity))
+    if not bars:
+        raise SystemExit(f"the record holds no scored runs of {task} yet")
+    bars.sort(key=lambda bar: -bar[1])
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.6 * len(bars)))
+    drawn = axis.barh([name.replace(", over", ",\nover") for name, _ in bars], [value for _, value in bars])
+    axis.bar_label(drawn, fmt=" %.1f")
+    axis.margins(x=0.12)
+    axis.set_xlabel("held-out perplexity of an answer's token")
+    axis.set_title(
+        f"{task}: {_rows([r.test for r in runs if r.test])} answers of one writer", fontsize="medium"
+    )
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
