@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks import tuning_table
 from benchmarks.datasets import MAX_WORDS, TASKS, VALIDATION_ROWS
-from benchmarks.tuning_bench import PRODUCTS, Bench, OutOfTimeError
+from benchmarks.tuning_bench import DTYPES, Bench, OutOfTimeError
 from benchmarks.tuning_runs import Record, Spec, best, mean_of, rungs, survivors, wider
 from shared.models import DEFAULT_MODEL
 from shared.plan import Initialiser, Layout
@@ -107,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--test-words", type=int, default=MAX_WORDS, help="longest text in test")
     runs.add_argument("--test-rows", type=int, default=100_000, help="at most this many test rows")
     runs.add_argument(
-        "--precision", choices=PRODUCTS, default="float32",
-        help="of the layers' products; bfloat16 ones are summed in float32, and faster where there is AMX",
+        "--precision", choices=DTYPES, default="float32",
+        help="of the frozen layers; what is trained, the head and the loss are float32 in any case",
     )  # fmt: skip
     runs.add_argument("--validation-rows", type=int, default=VALIDATION_ROWS, help="at most this many")
     out = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

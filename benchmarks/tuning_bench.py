@@ -27,7 +27,7 @@ from shared.models import resolve
 from shared.plan import Plan
 
 LORA_RANK, LORA_ALPHA = 16, 32
-PRODUCTS = {"float32": "highest", "bfloat16": "medium"}  # torch's words
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class OutOfTimeError(Exception):
@@ -148,7 +148,6 @@ class Bench:
             scores = {part: found(quality.majority(task.train, rows)) for part, rows in parts.items()}
             return self._add(spec, scores, Progress(), 0.0, 0, None)
 
-        torch.set_float32_matmul_precision(PRODUCTS[spec.precision])
         with ExitStack() as stack:  # a cloud process ends with the run
             learner, wire = self._learner(spec, stack)
             progress = Progress()
@@ -182,6 +181,7 @@ class Bench:
             self._saved(spec).unlink(missing_ok=True)
 
     def _learner(self, spec: Spec, stack: ExitStack) -> tuple[Learner, int | None]:
+        base = (self.checkpoint, self.options.device, DTYPES[spec.precision])
         if spec.method == "privatelora":
             plan, matrices = self.factors(spec)
             codes, residuals = plan.codes_width, plan.residual_width
@@ -190,9 +190,9 @@ class Bench:
             if spec.transport == "wire":
                 split = tuning_wire.through_cloud(self.options.model, plan, spec.precision)
                 return stack.enter_context(split), wire
-            model = tuning_learner.base_model(self.checkpoint, self.options.device)
+            model = tuning_learner.base_model(*base)
             return tuning_learner.private_lora(model, plan, matrices), wire
-        model = tuning_learner.base_model(self.checkpoint, self.options.device)
+        model = tuning_learner.base_model(*base)
         if spec.method == "base":
             return tuning_learner.Local(model, []), None
         return tuning_learner.lora(model, spec.rank, spec.alpha, spec.seed), None

@@ -42,7 +42,7 @@ class Spec:
     initialiser: Initialiser | Literal[""] = ""
     layout: Layout | Literal[""] = ""
     # Fields from here on came later: lines without them mean the default.
-    precision: Precision = "float32"  # of the layers' products; bfloat16 ones are summed in float32
+    precision: Precision = "float32"  # of the frozen layers, and on the wire; what is trained is float32
     transport: Transport = "reference"  # wire: through a cloud process
 
     @property
