@@ -4,11 +4,12 @@
              chosen on validation rows; then more seeds at that rate; scored on the whole test set.
 ``sweep``    ranks x initialisers x layouts x learning rates in short runs, judged on validation rows;
              each round keeps the better half and doubles the steps.
-``table``    what the record says, in markdown; ``plot`` draws the sweep.
+``table``    what the record says, in markdown; ``plot`` draws the sweep or the persona.
 
 Every run is a line of ``benchmarks/tuning_runs.jsonl`` and is never run twice. Ctrl-C or the end of
 ``--budget-minutes`` loses at most two minutes: run the same command again to go on. Runs on the
-single-process reference; the figures come as one JSON line last.
+single-process reference, those of ``--wire-seeds`` once more through a cloud process; the figures come
+as one JSON line last.
 """
 
 import os
@@ -27,11 +28,13 @@ from typing import Any
 
 from benchmarks import tuning_table
 from benchmarks.datasets import MAX_WORDS, TASKS, VALIDATION_ROWS
-from benchmarks.tuning_bench import Bench, OutOfTimeError
+from benchmarks.tuning_bench import DTYPES, Bench, OutOfTimeError
 from benchmarks.tuning_runs import Record, Spec, best, mean_of, rungs, survivors, wider
 from shared.models import DEFAULT_MODEL
 from shared.plan import Initialiser, Layout
 
+PLOTS = {"sweep": tuning_table.plot, "persona": tuning_table.plot_persona}
+METHODS = ("lora", "privatelora")
 RECORD = Path(__file__).with_name("tuning_runs.jsonl")
 LORA_RATES = (3e-4, 1e-3, 3e-3)
 # PrivateLoRA's are these divided by the gain of A and B (see `unit_rate`), for M sits between the two:
@@ -48,23 +51,41 @@ def compare(bench: Bench) -> dict[str, Any]:
     """Run every method on every task and return the test scores."""
     o, out = bench.options, {}
     for task in o.tasks:
-        for method in ("base", "majority"):
+        for method in ("base", "majority") if bench.task(task).labels else ("base",):
             bench.run(bench.spec(stage="compare", task=task, method=method))
-        for method in ("lora", "privatelora"):
-            spec = bench.spec(stage="compare", task=task, method=method)
-            if method == "privatelora":
-                spec = dataclasses.replace(spec, rank=o.rank, initialiser=o.initialiser, layout=o.layout)
-                rates = [bench.rate(spec, relative) for relative in PRIVATE_RATES]
-            else:
-                rates = list(LORA_RATES)
-            scores = {lr: bench.run(dataclasses.replace(spec, lr=lr)).score for lr in rates}
-            while (more := wider(scores, RATE_FACTOR, MOST_RATES)) is not None:
-                scores[more] = bench.run(dataclasses.replace(spec, lr=more)).score
-            chosen = best(scores)
-            runs = [bench.run(dataclasses.replace(spec, lr=chosen, seed=seed)) for seed in range(o.seeds)]
-            nats = [run.test.nats for run in runs if run.test and run.test.nats is not None]
-            out[f"{task} {method}"] = {"lr": chosen, "test_nats": mean_of(nats), "seeds": len(nats)}
+        chosen = {method: _chosen(bench, task, method) for method in o.methods}
+        scored: dict[str, list[float]] = {method: [] for method in o.methods}
+        for seed, method in itertools.product(range(o.seeds), o.methods):  # so that less time is fewer seeds
+            run = bench.run(dataclasses.replace(chosen[method], seed=seed))
+            bench.forget([run.spec])
+            if run.test and run.test.nats is not None:
+                scored[method].append(run.test.nats)
+        for seed in range(o.wire_seeds if "privatelora" in o.methods else 0):
+            bench.run(dataclasses.replace(chosen["privatelora"], seed=seed, transport="wire"))
+        for method, nats in scored.items():
+            lr = chosen[method].lr
+            out[f"{task} {method}"] = {"lr": lr, "test_nats": mean_of(nats), "seeds": len(nats)}
     return out
+
+
+def _chosen(bench: Bench, task: str, method: str) -> Spec:
+    """Return a method's run at its best learning rate, which validation rows choose."""
+    o = bench.options
+    spec = bench.spec(stage="compare", task=task, method=method)
+    if method == "privatelora":
+        spec = dataclasses.replace(spec, rank=o.rank, initialiser=o.initialiser, layout=o.layout)
+        rates = [bench.rate(spec, relative) for relative in PRIVATE_RATES]
+    else:
+        rates = list(LORA_RATES)
+    # Only the chosen rate's runs get to see the test set.
+    tried = {lr: dataclasses.replace(spec, lr=lr) for lr in rates}
+    scores = {lr: bench.run(tried[lr].choosing).score for lr in rates}
+    while (more := wider(scores, RATE_FACTOR, MOST_RATES)) is not None:
+        tried[more] = dataclasses.replace(spec, lr=more)
+        scores[more] = bench.run(tried[more].choosing).score
+    chosen = tried.pop(best(scores))
+    bench.forget(tried.values())
+    return chosen
 
 
 def sweep(bench: Bench) -> dict[str, Any]:
@@ -97,14 +118,20 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--words", type=int, default=MAX_WORDS, help="longest text in train and validation")
     runs.add_argument("--test-words", type=int, default=MAX_WORDS, help="longest text in test")
     runs.add_argument("--test-rows", type=int, default=100_000, help="at most this many test rows")
+    runs.add_argument(
+        "--precision", choices=DTYPES, default="float32",
+        help="of the frozen layers; what is trained, the head and the loss are float32 in any case",
+    )  # fmt: skip
     runs.add_argument("--validation-rows", type=int, default=VALIDATION_ROWS, help="at most this many")
     out = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = out.add_subparsers(dest="command", required=True)
     own = commands.add_parser("compare", parents=[runs], help="PrivateLoRA against LoRA and no tuning")
-    own.add_argument("--tasks", nargs="+", choices=TASKS, default=["boolq", "reuters8"])
+    own.add_argument("--tasks", nargs="+", choices=TASKS, default=["reuters8", "boolq"])
+    own.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     own.add_argument("--steps", type=int, default=120, help="optimiser steps")
     own.add_argument("--batch", type=int, default=16, help="examples in a batch")
     own.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate")
+    own.add_argument("--wire-seeds", type=int, default=0, help="of these, how many also through a cloud")
     own.add_argument("--rank", type=int, default=64, help="rank of the plan")
     own.add_argument("--initialiser", choices=INITIALISERS, default="orthonormal")
     own.add_argument("--layout", choices=LAYOUTS, default="per_projection")
@@ -114,8 +141,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--batch", type=int, default=8, help="examples in a batch")
     own.add_argument("--last", type=int, default=6, help="runs in the last round")
     commands.add_parser("table", parents=[common], help="print the record in markdown")
-    own = commands.add_parser("plot", parents=[common], help="quality against bytes on the wire, as PNG")
-    own.add_argument("--out", type=Path, default=Path("docs/tuning_sweep.png"))
+    own = commands.add_parser("plot", parents=[common], help="the sweep or the persona, as PNG")
+    own.add_argument("what", choices=PLOTS, nargs="?", default="sweep")
+    own.add_argument("--out", type=Path, help="docs/tuning_<what>.png by default")
     return out
 
 
@@ -126,7 +154,8 @@ def main() -> int:
         print(tuning_table.markdown(Record(options.record)))
         return 0
     if options.command == "plot":
-        tuning_table.plot(Record(options.record), options.out)
+        out = options.out or Path(f"docs/tuning_{options.what}.png")
+        PLOTS[options.what](Record(options.record), out)
         return 0
     bench = Bench(options)
     figures: dict[str, Any] = {"benchmark": f"tuning {options.command}", "finished": False}

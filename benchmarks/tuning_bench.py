@@ -5,14 +5,17 @@ import gc
 import hashlib
 import math
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import quality, tuning_learner
+from benchmarks import quality, tuning_learner, tuning_wire
 from benchmarks.datasets import Row, Task, by_digest, load
 from benchmarks.quality import Scores
 from benchmarks.tuning_learner import Learner, Progress
@@ -24,6 +27,7 @@ from shared.models import resolve
 from shared.plan import Plan
 
 LORA_RANK, LORA_ALPHA = 16, 32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class OutOfTimeError(Exception):
@@ -83,6 +87,8 @@ class Bench:
             "model": self.checkpoint.id, "words": o.words, "test_words": o.test_words,
             "test_rows": o.test_rows, "validation_rows": o.validation_rows,
         }  # fmt: skip
+        if fields["method"] != "majority":
+            own |= {"precision": o.precision}
         if fields["method"] in ("lora", "privatelora"):
             own |= {"steps": o.steps, "batch": o.batch}
         if fields["method"] == "lora":
@@ -129,45 +135,67 @@ class Bench:
             raise OutOfTimeError
         print(f"{spec}", flush=True)
         task = self.task(spec.task)
+        # What chose the learning rate has trained the same, and looked at the same validation rows.
+        before = self.record.runs.get(spec.choosing)
+        scores: dict[str, Found] = {}
+        if before and before.validation and before.trained:
+            scores["validation"] = before.validation
         parts: dict[str, list[Row]] = {"validation": task.validation[: spec.validation_rows]}
         if spec.test_rows:
             parts["test"] = by_digest(task.test)[: spec.test_rows]
+        parts = {part: rows for part, rows in parts.items() if part not in scores}
         if spec.method == "majority":
             scores = {part: found(quality.majority(task.train, rows)) for part, rows in parts.items()}
             return self._add(spec, scores, Progress(), 0.0, 0, None)
 
-        learner, wire = self._learner(spec)
-        key = hashlib.sha256(repr(spec).encode()).hexdigest()[:24]
-        saved = cache_folder() / "tuning" / f"{key}.pt"
-        progress = Progress()
-        if spec.steps:
-            progress = tuning_learner.train(
-                learner, tuning_learner.encode(self.tokenizer, task.train), steps=spec.steps, size=spec.batch,
-                peak=spec.lr, seed=spec.seed, deadline=self.deadline, saved=saved, show=True,
-            )  # fmt: skip
-            if time.monotonic() >= self.deadline:
-                raise OutOfTimeError
-        started, scores = time.perf_counter(), {}
-        if progress.step == spec.steps:  # else it diverged
-            for part, rows in parts.items():
-                examples = tuning_learner.encode(self.tokenizer, rows)
-                scores[part] = found(quality.evaluate(learner, examples, self.labels(task)))
-        count = sum(p.numel() for p in learner.parameters)
-        run = self._add(spec, scores, progress, time.perf_counter() - started, count, wire)
-        saved.unlink(missing_ok=True)
+        with ExitStack() as stack:  # a cloud process ends with the run
+            learner, wire = self._learner(spec, stack)
+            progress = Progress()
+            if spec.steps:
+                progress = tuning_learner.train(
+                    learner, tuning_learner.encode(self.tokenizer, task.train), steps=spec.steps,
+                    size=spec.batch, peak=spec.lr, seed=spec.seed, deadline=self.deadline,
+                    saved=self._saved(spec), show=True,
+                )  # fmt: skip
+                if time.monotonic() >= self.deadline:
+                    raise OutOfTimeError
+            started = time.perf_counter()
+            if progress.step == spec.steps:  # else it diverged
+                for part, rows in parts.items():
+                    examples = tuning_learner.encode(self.tokenizer, rows)
+                    scores[part] = found(quality.evaluate(learner, examples, self.labels(task)))
+            count = sum(p.numel() for p in learner.parameters)
+            run = self._add(spec, scores, progress, time.perf_counter() - started, count, wire)
         del learner
         gc.collect()  # a wrapped model is held in cycles, and half a gigabyte
         return run
 
-    def _learner(self, spec: Spec) -> tuple[Learner, int | None]:
-        model = tuning_learner.base_model(self.checkpoint, self.options.device)
+    def _saved(self, spec: Spec) -> Path:
+        """Return where a run's state is kept: the same for the run that chooses and the one that scores."""
+        key = hashlib.sha256(repr(spec.choosing).encode()).hexdigest()[:24]
+        return cache_folder() / "tuning" / f"{key}.pt"
+
+    def forget(self, specs: Iterable[Spec]) -> None:
+        """Remove the states of runs that nobody will go on with."""
+        for spec in specs:
+            self._saved(spec).unlink(missing_ok=True)
+
+    def _learner(self, spec: Spec, stack: ExitStack) -> tuple[Learner, int | None]:
+        base = (self.checkpoint, self.options.device, DTYPES[spec.precision])
+        if spec.method == "privatelora":
+            plan, matrices = self.factors(spec)
+            codes, residuals = plan.codes_width, plan.residual_width
+            wire = len(plan.exchange_layers) * codes + len(plan.adapted_layers) * residuals
+            wire += 2 * plan.hidden_size
+            if spec.transport == "wire":
+                split = tuning_wire.through_cloud(self.options.model, plan, spec.precision)
+                return stack.enter_context(split), wire
+            model = tuning_learner.base_model(*base)
+            return tuning_learner.private_lora(model, plan, matrices), wire
+        model = tuning_learner.base_model(*base)
         if spec.method == "base":
             return tuning_learner.Local(model, []), None
-        if spec.method == "lora":
-            return tuning_learner.lora(model, spec.rank, spec.alpha, spec.seed), None
-        plan, matrices = self.factors(spec)
-        codes = len(plan.exchange_layers) * plan.codes_width + len(plan.adapted_layers) * plan.residual_width
-        return tuning_learner.private_lora(model, plan, matrices), codes + 2 * plan.hidden_size
+        return tuning_learner.lora(model, spec.rank, spec.alpha, spec.seed), None
 
     def _add(
         self, spec: Spec, scores: dict[str, Found], progress: Progress, seconds: float, trained: int,

@@ -6,7 +6,7 @@ again, so work goes on where it stopped, on whatever machine.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,6 +16,8 @@ from shared.plan import Initialiser, Layout
 
 Method = Literal["base", "majority", "lora", "privatelora"]
 Stage = Literal["compare", "sweep"]
+Precision = Literal["float32", "bfloat16"]
+Transport = Literal["reference", "wire"]
 Key = TypeVar("Key")
 
 
@@ -39,12 +41,21 @@ class Spec:
     alpha: int = 0
     initialiser: Initialiser | Literal[""] = ""
     layout: Layout | Literal[""] = ""
+    # Fields from here on came later: lines without them mean the default.
+    precision: Precision = "float32"  # of the frozen layers, and on the wire; what is trained is float32
+    transport: Transport = "reference"  # wire: through a cloud process
+
+    @property
+    def choosing(self) -> "Spec":
+        """The run that trains the same and is judged on validation rows alone."""
+        return replace(self, test_rows=0)
 
     def __str__(self) -> str:
         """Say what matters in a line."""
         own = {"lora": f" r={self.rank}", "privatelora": f" {self.layout} {self.initialiser} r={self.rank}"}
         tuned = f" lr={self.lr:g} seed={self.seed} {self.steps}x{self.batch}" if self.steps else ""
-        return f"{self.task} {self.method}{own.get(self.method, '')}{tuned}"
+        wire = " over the wire" if self.transport == "wire" else ""
+        return f"{self.task} {self.method}{own.get(self.method, '')}{tuned}{wire}"
 
 
 class Found(BaseModel):

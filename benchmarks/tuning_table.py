@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.quality import wilson
@@ -9,6 +10,7 @@ from benchmarks.tuning_runs import Found, Record, Run, Spec, best
 
 BYTES_PER_VALUE = 2  # on the wire, at 16 bits
 Setting = tuple[object, ...]
+Place = tuple[str, str, int, int, int]
 
 
 def markdown(record: Record) -> str:
@@ -18,17 +20,23 @@ def markdown(record: Record) -> str:
 
 
 def setting(spec: Spec) -> Setting:
-    """Return everything of a spec but learning rate and seed."""
-    return tuple(v for k, v in vars(spec).items() if k not in ("lr", "seed"))
+    """Return everything of a spec but learning rate, seed and how many test rows there are."""
+    return tuple(v for k, v in vars(spec).items() if k not in ("lr", "seed", "test_rows"))
+
+
+def _settled(spec: Spec) -> Setting:
+    """Return what shares a choice of learning rate: the wire takes the reference's."""
+    return setting(replace(spec, transport="reference"))
 
 
 def chosen(runs: list[Run]) -> list[Run]:
-    """Return, of one setting's runs, those at the learning rate that validation chose with seed 0."""
+    """Return, of one setting's runs, those scored on test at the rate that validation chose with seed 0."""
     scores = {run.spec.lr: run.score for run in runs if run.spec.seed == 0}
     if not scores:
         return []
     rate = best(scores)
-    return sorted((run for run in runs if run.spec.lr == rate), key=lambda run: run.spec.seed)
+    picked = (run for run in runs if run.spec.lr == rate and run.test is not None)
+    return sorted(picked, key=lambda run: run.spec.seed)
 
 
 def _by_setting(runs: list[Run]) -> list[list[Run]]:
@@ -45,7 +53,8 @@ def _method(spec: Spec) -> str:
         "lora": f"LoRA r={spec.rank}, alpha={spec.alpha}",
     }
     layout = spec.layout.replace("_", " ")
-    return names.get(spec.method, f"PrivateLoRA {layout} {spec.initialiser} r={spec.rank}")
+    where = ", over the wire" if spec.transport == "wire" else ""
+    return names.get(spec.method, f"PrivateLoRA {layout} {spec.initialiser} r={spec.rank}{where}")
 
 
 def _nats(tests: list[Found]) -> str:
@@ -85,17 +94,22 @@ def _rows(found: list[Found]) -> str:
     return str(found[0].rows) if found else "0"
 
 
-def _place(run: Run) -> tuple[str, str, int, int, int]:
+def _place(run: Run) -> Place:
     """Return what must be equal for two runs to share a table."""
     spec = run.spec
     return spec.model, spec.task, spec.words, spec.test_words, spec.test_rows
 
 
+def _is_at(run: Run, place: Place) -> bool:
+    """Whether a run belongs to a table; one that only chose a learning rate belongs to every one."""
+    return run.spec.test_rows in (0, place[-1]) and _place(run)[:-1] == place[:-1]
+
+
 def _comparisons(record: Record) -> list[str]:
     tables = []
-    compared = [run for run in record if run.spec.stage == "compare" and run.test is not None]
-    for place in sorted({_place(run) for run in compared}):
-        runs = [run for run in compared if _place(run) == place]
+    compared = [run for run in record if run.spec.stage == "compare"]
+    for place in sorted({_place(run) for run in compared if run.test is not None}):
+        runs = [run for run in compared if _is_at(run, place)]
         lines: list[str] = []
         notes: list[str] = []
         tested = [run.test for run in runs if run.test is not None]
@@ -106,7 +120,7 @@ def _comparisons(record: Record) -> list[str]:
             if not tests:
                 continue
             spec, tuned = picked[0].spec, bool(picked[0].spec.steps)
-            tried = len({run.spec.lr for run in group})
+            tried = len({run.spec.lr for run in runs if _settled(run.spec) == _settled(spec)})
             done = f"{spec.steps} x {spec.batch} | {spec.lr:g} of {tried} | {len(tests)}"
             run = done if tuned else "- | - | -"
             lines.append(
@@ -177,6 +191,35 @@ def plot(record: Record, path: Path) -> None:
     axes[0][-1].plot([], [], "k^", label="per projection")
     axes[0][-1].plot([], [], "ko", label="fused")
     axes[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def plot_persona(record: Record, path: Path, task: str = "persona") -> None:
+    """Draw the held-out perplexity of one writer's answers, before tuning and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [run for run in record if run.spec.stage == "compare" and run.spec.task == task]
+    bars: list[tuple[str, float]] = []
+    for group in _by_setting(runs):
+        for run in chosen(group)[:1]:
+            if run.test and run.test.perplexity is not None:
+                bars.append((_method(run.spec), run.test.perplexity))
+    if not bars:
+        raise SystemExit(f"the record holds no scored runs of {task} yet")
+    bars.sort(key=lambda bar: -bar[1])
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.6 * len(bars)))
+    drawn = axis.barh([name.replace(", over", ",\nover") for name, _ in bars], [value for _, value in bars])
+    axis.bar_label(drawn, fmt=" %.1f")
+    axis.margins(x=0.12)
+    axis.set_xlabel("held-out perplexity of an answer's token")
+    axis.set_title(
+        f"{task}: {_rows([r.test for r in runs if r.test])} answers of one writer", fontsize="medium"
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

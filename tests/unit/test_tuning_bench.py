@@ -1,5 +1,6 @@
 """The tuning benchmark's pure parts: intervals, fixed subsets, where the answers are, the halving."""
 
+import json
 import math
 from itertools import islice, pairwise
 
@@ -141,6 +142,15 @@ def test_interrupted_training_goes_on_as_if_nothing_happened(tmp_path, monkeypat
         assert torch.equal(a, b)
 
 
+def test_finished_training_is_kept_and_not_done_again(tmp_path):
+    arguments = {"steps": 4, "size": 4, "peak": 0.05, "seed": 1, "saved": tmp_path / "state.pt"}
+    first, second = learner(), learner()
+    losses = train(first, EXAMPLES, **arguments).losses
+    assert train(second, EXAMPLES[::-1], **arguments).losses == losses  # other data would give other losses
+    for a, b in zip(first.parameters, second.parameters, strict=True):
+        assert torch.equal(a, b) and a.abs().sum() > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     tuned = learner()
     with torch.no_grad():
@@ -209,6 +219,29 @@ def test_the_record_is_read_back_and_names_a_bad_line(tmp_path):
     path.write_text(path.read_text() + '{"spec": 1}\n')
     with pytest.raises(ValueError, match=r"runs\.jsonl:3"):
         Record(path)
+
+
+def test_lines_from_before_a_field_mean_its_default(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    line = json.loads(run(0.5).model_dump_json())
+    del line["spec"]["transport"], line["spec"]["precision"]
+    path.write_text(json.dumps(line) + "\n")
+    (old,) = Record(path).runs
+    assert old == run(0.5).spec and old.transport == "reference" and old.precision == "float32"
+
+
+def test_the_table_takes_the_rate_from_runs_that_never_saw_the_test_set(tmp_path):
+    record = Record(tmp_path / "runs.jsonl")
+    for lr, score in ((1e-3, 0.7), (3e-3, 0.5), (9e-3, 0.9)):
+        record.add(run(score, lr=lr, test_rows=0).model_copy(update={"test": None}))
+    assert markdown(record) == "no runs yet"
+    record.add(run(0.4, lr=3e-3))
+    record.add(run(0.4, lr=3e-3, transport="wire"))
+    text = markdown(record)
+    assert (
+        text.count("| 4 x 2 | 0.003 of 3 | 1 | 0.4000 |") == 2
+        and "over the wire" not in text.split("| LoRA")[0]
+    )
 
 
 def test_the_table_shows_the_rate_that_validation_chose(tmp_path):
