@@ -32,7 +32,7 @@ PROTOC      := $(PY) -m grpc_tools.protoc -Ishared/pb=proto \
   --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc
 
-.PHONY: help demo chat model test lint format proto proto-check exact bench attacks data tuning install clean
+.PHONY: help demo chat model test lint format proto proto-check exact bench attacks data tuning integrity install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -132,6 +132,12 @@ data: $(RUN_STAMP)  ## fetch the data of the tuning benchmark (70 MB) into the u
 tuning: $(BENCH_STAMP) $(MODEL_STAMP)  ## tuning quality against PEFT LoRA (hours; goes on where it stopped)
 	$(PY) -m benchmarks.tuning compare
 	$(PY) -m benchmarks.tuning table
+
+integrity: $(BENCH_STAMP) $(MODEL_STAMP)  ## what the fingerprint check protects from (an hour; goes on where it stopped)
+	$(PY) -m benchmarks.integrity run
+	$(PY) -m benchmarks.integrity clouds
+	$(PY) -m benchmarks.integrity table
+	$(PY) -m benchmarks.integrity plot
 
 clean:  ## remove .venv and tool caches (the model cache in the user's folder stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
