@@ -60,7 +60,7 @@ class EdgeConfig(BaseSettings):
         description="Sample from the likeliest tokens up to this probability (0 to 1)",
     )
     seed: int | None = Field(
-        default=None, ge=0, description="Seed of the sampling (no unit); random if absent"
+        default=None, ge=0, lt=1 << 63, description="Seed of the sampling (no unit); random if absent"
     )
     draft_tokens: int = Field(
         default=0,

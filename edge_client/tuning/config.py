@@ -67,7 +67,9 @@ class TuneConfig(BaseModel):
         ge=2,
         description="Tokens sent at a time (count); what the cloud takes, up to 4096, if absent",
     )
-    seed: int = Field(default=0, ge=0, description="Of the order of examples and the split (no unit)")
+    seed: int = Field(
+        default=0, ge=0, lt=1 << 63, description="Of the order of examples and the split (no unit)"
+    )
     checkpoint_every: int = Field(
         default=10, ge=1, description="Steps between checkpoints on this machine's disk (count)"
     )

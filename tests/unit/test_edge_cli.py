@@ -85,6 +85,8 @@ def test_flags_win_over_environment_over_file(tmp_path, monkeypatch):
     [
         ("colour = 1", "colour"),
         ("seed = -1", "seed"),
+        ("seed = 9223372036854775808", "seed: Input should be less than"),
+        ("[tune]\nseed = 9223372036854775808", "tune.seed: Input should be less than"),
         ("seed = ", "mine.toml"),
         ('cloud = "nowhere"', r"cloud: .*HOST:PORT"),
     ],
