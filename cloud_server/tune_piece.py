@@ -3,10 +3,12 @@
 Only values; what is done with them is `cloud_server.tuning`'s matter.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -72,11 +74,34 @@ class Piece:
 
 @dataclass
 class Gathered:
-    """A tensor that comes from the edge in rows, and goes once every piece has had its own."""
+    """A tensor that comes from the edge in rows and is taken in rows, both in order.
 
-    rows: Tensor  # (tokens, width)
-    filled: int = 0
-    taken: int = 0
+    Rows are put together by who takes them: the event loop, where they come, must not wait for that.
+    """
+
+    filled: int = 0  # rows that came
+    taken: int = 0  # rows that went
+    _parts: deque[Tensor] = field(default_factory=deque)  # (rows, width) each
+    _first: int = 0  # row that the first part begins with
+
+    def put(self, rows: Tensor) -> None:
+        """Append ``rows (rows, width)``."""
+        self._parts.append(rows)
+        self.filled += len(rows)
+
+    def take(self, count: int) -> Tensor:
+        """Return the next rows, which have to be there: ``(count, width)``."""
+        lo, hi = self.taken, self.taken + count
+        while self._first + len(self._parts[0]) <= lo:
+            self._first += len(self._parts.popleft())
+        found: list[Tensor] = []
+        at = self._first
+        while at < hi:  # by index: more may be put meanwhile
+            part = self._parts[len(found)]
+            found.append(part[max(lo - at, 0) : hi - at])
+            at += len(part)
+        self.taken = hi
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def cut(lengths: Sequence[int], piece_tokens: int) -> list[list[int]]:

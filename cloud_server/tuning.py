@@ -84,13 +84,9 @@ class TuneBatch:
 
     def put(self, name: str, layer: int, first: int, rows: Tensor) -> None:
         """Take the next rows of a tensor from the edge: ``rows (rows, width)``, whose checks are done."""
-        gathered = self._gathered.get((name, layer))
-        if gathered is None:
-            shape, b = (self.tokens, rows.shape[1]), self.backbone
-            gathered = Gathered(torch.empty(shape, dtype=b.dtype, device=b.device))
-            self._gathered[name, layer] = gathered
-        gathered.rows[first : first + len(rows)] = rows
-        gathered.filled = first + len(rows)
+        gathered = self._gathered.setdefault((name, layer), Gathered())
+        assert first == gathered.filled
+        gathered.put(rows)
 
     @property
     def finished(self) -> bool:
@@ -292,10 +288,11 @@ class TuneBatch:
     def _take(self, name: str, layer: int, piece: Piece) -> Tensor:
         """Return the piece's own rows; the last piece to ask leaves nothing behind."""
         gathered = self._gathered[name, layer]
-        gathered.taken += piece.tokens
+        assert gathered.taken == piece.lo, "pieces never overtake each other"
+        rows = gathered.take(piece.tokens).to(self.backbone.device, self.backbone.dtype)
         if gathered.taken == self.tokens:
             del self._gathered[name, layer]
-        return gathered.rows[piece.lo : piece.hi]
+        return rows
 
 
 def _of(tensor: Tensor | None) -> Tensor:
