@@ -105,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--draws", type=int, default=1, help="noises for each amount")
     own = commands.add_parser("clouds", parents=[tuned], help="real clouds whose B is another one")
     own.add_argument("--rows", type=int, default=20, help="test rows that are answered over the wire")
-    own.add_argument("--amount", type=float, default=1.0, help="noise on B, of its root mean square")
+    own.add_argument(
+        "--amount", type=float, help="noise on B, of its root mean square; re-drawn if not given"
+    )
     own.add_argument("--out", type=Path, default=CLOUDS, help="the JSON file to write")
     commands.add_parser("table", parents=[record], help="print the record in markdown")
     own = commands.add_parser("plot", parents=[record], help="quality by amount of noise, as PNG")
