@@ -124,6 +124,9 @@ class CloudConfig(BaseSettings):
         default=64, ge=1, description="Most rows, beams or batch entries, a session (count)"
     )
     max_sessions: int = Field(default=1024, ge=1, description="Most sessions, dropped ones included (count)")
+    max_fetches: int = Field(
+        default=64, ge=1, description="Most edges that fetch parts at a time (count); each takes a few MB"
+    )
     max_steps_in_flight: int = Field(default=8, ge=1, description="Most unfinished steps a session (count)")
     grace_period_s: float = Field(
         default=60.0,

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import grpc
@@ -18,6 +17,7 @@ import grpc
 from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
 from cloud_server.handshake import Offer, agreed, fingerprint_message
+from cloud_server.part_service import PartService
 from cloud_server.session import Limits, Refusal, Session, invalid
 from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, parse
 from cloud_server.tune_service import TuneService
@@ -28,7 +28,6 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = "privatelora.v1.PrivateLoraService"
-PART_PIECE_BYTES = 1 << 20
 
 
 @dataclass(eq=False)
@@ -44,7 +43,8 @@ class Service:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        """Let edges tune on the same engine."""
+        """Let edges fetch parts, and tune on the same engine."""
+        self.part_service = PartService(self.edge_parts, self.config.max_fetches, self.config.write_timeout_s)
         self.tuning = TuneService(self.config, self.engine, self.offers, self.traffic)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -53,7 +53,7 @@ class Service:
             SERVICE_NAME,
             {
                 "Describe": grpc.unary_unary_rpc_method_handler(self.describe),
-                "FetchEdgeParts": grpc.unary_stream_rpc_method_handler(self.fetch_edge_parts),
+                "FetchEdgeParts": grpc.unary_stream_rpc_method_handler(self.part_service.fetch),
                 "Decode": grpc.stream_stream_rpc_method_handler(self.decode),
                 "Tune": grpc.stream_stream_rpc_method_handler(self.tuning.tune),
             },
@@ -92,27 +92,6 @@ class Service:
             batched_steps=self.engine.batches.steps,
         )
         return response.SerializeToString()
-
-    async def fetch_edge_parts(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
-        """Stream one public file from an offset."""
-        try:
-            request = parse(pb.FetchEdgePartsRequest, raw)
-            if request.part_index >= len(self.edge_parts):
-                raise invalid(f"part {request.part_index} does not exist; there are {len(self.edge_parts)}")
-            part = self.edge_parts[request.part_index]
-            if request.offset_bytes > part.size:
-                raise invalid(f"offset {request.offset_bytes} is beyond the {part.size} bytes of {part.name}")
-        except Refusal as refusal:
-            await abort(context, refusal)
-        offset = request.offset_bytes
-        while offset < part.size:
-            piece = await asyncio.to_thread(_read_piece, part.path, offset)
-            if not piece:
-                await context.abort(
-                    grpc.StatusCode.DATA_LOSS, f"{part.name} has become shorter on the cloud's disk"
-                )
-            offset += len(piece)
-            yield pb.FetchEdgePartsResponse(data=piece).SerializeToString()
 
     async def decode(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Serve one session until its stream ends."""
@@ -263,10 +242,3 @@ class Service:
             await context.write(raw)
             timer.cancel()
             self.traffic.sent(raw)
-
-
-def _read_piece(path: Path | None, offset: int) -> bytes:
-    assert path is not None, "a part that is served lies in a file"
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(PART_PIECE_BYTES)

@@ -1,0 +1,83 @@
+"""The gRPC face of the edge parts: public files in pieces, to so many edges at a time."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from cloud_server.session import Refusal, invalid
+from cloud_server.streams import Context, abort, parse
+from shared.edge_parts import EdgePart
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+
+PIECE_BYTES = 1 << 20
+
+
+class PartService:
+    """Everything behind ``FetchEdgeParts``.
+
+    Parameters
+    ----------
+    parts
+        What is served.
+    most
+        Fetches under way at a time (count): each holds pieces in memory for an edge that may not read.
+    patience_s
+        How long an edge may take to read a piece (seconds).
+    """
+
+    def __init__(self, parts: Sequence[EdgePart], most: int, patience_s: float) -> None:
+        self.parts, self.most, self.patience_s = parts, most, patience_s
+        self.under_way = 0
+
+    async def fetch(self, raw: bytes, context: Context) -> None:
+        """Stream one public file from an offset."""
+        try:
+            part, offset = self._asked_for(raw)
+        except Refusal as refusal:
+            await abort(context, refusal)
+        self.under_way += 1
+        try:
+            while offset < part.size:
+                piece = await asyncio.to_thread(_read_piece, part.path, offset)
+                if not piece:
+                    code = grpc.StatusCode.DATA_LOSS
+                    raise Refusal(code, f"{part.name} has become shorter on the cloud's disk")
+                offset += len(piece)
+                await self._write(pb.FetchEdgePartsResponse(data=piece).SerializeToString(), context)
+        except Refusal as refusal:
+            with contextlib.suppress(asyncio.TimeoutError):  # who does not read hears nothing either
+                await asyncio.wait_for(abort(context, refusal), self.patience_s)
+            raise asyncio.CancelledError from None
+        finally:
+            self.under_way -= 1
+
+    def _asked_for(self, raw: bytes) -> tuple[EdgePart, int]:
+        request = parse(pb.FetchEdgePartsRequest, raw)
+        if request.part_index >= len(self.parts):
+            raise invalid(f"part {request.part_index} does not exist; there are {len(self.parts)}")
+        part = self.parts[request.part_index]
+        if request.offset_bytes > part.size:
+            raise invalid(f"offset {request.offset_bytes} is beyond the {part.size} bytes of {part.name}")
+        if self.under_way >= self.most:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            raise Refusal(code, f"{self.most} edges fetch parts already; try again later", retry_after_s=1.0)
+        return part, request.offset_bytes
+
+    async def _write(self, raw: bytes, context: Context) -> None:
+        try:
+            await asyncio.wait_for(context.write(raw), self.patience_s)
+        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
+            message = f"the edge read nothing for {self.patience_s:g} seconds; fetch the rest anew"
+            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+        except Exception:  # gRPC has private errors for a stream that the edge has left
+            raise asyncio.CancelledError from None
+
+
+def _read_piece(path: Path | None, offset: int) -> bytes:
+    assert path is not None, "a part that is served lies in a file"
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(PIECE_BYTES)
