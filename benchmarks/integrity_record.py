@@ -19,6 +19,7 @@ from shared.cache import replacing
 from shared.plan import Initialiser, Layout
 
 BYTES_OF_DIGEST = 6  # enough to tell two adapters apart
+NATS_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 COLOURS: dict[Part, str] = {"A": "tab:blue", "B": "tab:orange"}
 
 
@@ -194,9 +195,13 @@ def plot(findings: list[Finding], path: Path) -> None:
         axis.minorticks_off()
         axis.set_xlabel("noise on A or B, relative to its root mean square")
         axis.grid(alpha=0.3)
+    ticks = [t for t in NATS_TICKS if t <= 2 * max(row.nats for row in table)]
+    axes[0].set_yscale("log")  # a tuned model and a broken one lie far apart
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
     axes[0].set_ylabel("held-out nats per answer")
     axes[1].set_ylabel("accuracy (%)")
-    axes[0].legend()
+    axes[1].legend(loc="center left")
     figure.suptitle(title(findings), fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
