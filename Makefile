@@ -32,7 +32,8 @@ PROTOC      := $(PY) -m grpc_tools.protoc -Ishared/pb=proto \
   --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc
 
-.PHONY: help demo chat model test lint format proto proto-check exact bench attacks data tuning integrity install clean
+.PHONY: help demo chat model test lint format proto proto-check exact bench attacks data tuning integrity \
+  tune-speed tune-memory tune-mixed install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -138,6 +139,15 @@ integrity: $(BENCH_STAMP) $(MODEL_STAMP)  ## what the fingerprint check protects
 	$(PY) -m benchmarks.integrity clouds
 	$(PY) -m benchmarks.integrity table
 	$(PY) -m benchmarks.integrity plot
+
+tune-speed: $(DEV_STAMP) $(BENCH_STAMP) $(MODEL_STAMP)  ## tuning speed against PEFT LoRA, same rows and cores (minutes)
+	$(PY) -m benchmarks.tune_speed
+
+tune-memory: $(DEV_STAMP) $(MODEL_STAMP)  ## what tuning takes of the cloud's memory, against its formula (minutes; Linux)
+	$(PY) -m benchmarks.tune_memory
+
+tune-mixed: $(DEV_STAMP) $(MODEL_STAMP)  ## two edges tune while four sessions decode (minutes)
+	$(PY) -m benchmarks.tune_mixed
 
 clean:  ## remove .venv and tool caches (the model cache in the user's folder stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
