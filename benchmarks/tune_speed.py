@@ -150,6 +150,7 @@ def measured(load: Load, rounds: int, split: TuningEdge, local: Local, cloud: in
             split.step(examples)
         with theirs:
             local.step(groups)
+        print(f"  split {ours.wall[-1]:.2f} s, lora {theirs.wall[-1]:.2f} s", flush=True)
     ratios = sorted(b / a for a, b in zip(ours.wall, theirs.wall, strict=True))
     fast, plain = (load.tokens / statistics.median(watch.wall) for watch in (ours, theirs))
     return {

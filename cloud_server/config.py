@@ -61,7 +61,7 @@ class TuningConfig(BaseModel):
         "memory, a third less speed",
     )
     piece_tokens: int = Field(
-        default=256,
+        default=384,
         ge=1,
         description="Most that runs at once, whole sequences: more is faster, less delays decoding less "
         "(tokens). Gradients depend on it in their last bits",
