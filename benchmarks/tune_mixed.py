@@ -36,7 +36,7 @@ from shared.adapter import Adapter
 from shared.models import DEFAULT_MODEL
 
 STD = 0.05  # of M's elements: changes nearly every answer and leaves it fluent
-LOADS = (Load((64,) * 4, 8), Load((96, 31, 70, 59), 8))  # one a tuning edge
+LOADS = (Load((64,) * 6, 8), Load((96, 31, 70, 59, 128), 8))  # one a tuning edge: a whole piece each
 
 
 def tuning_edge(address: str, number: int, talk: Connection) -> None:
