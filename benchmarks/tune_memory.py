@@ -27,7 +27,7 @@ from shared.models import DEFAULT_MODEL, resolve
 
 ROW = 128  # tokens
 # (tokens, with checkpointing): by the formula from about 500 MB up
-SIZES = ((640, False), (1024, False), (1536, False), (2048, False), (5632, True))
+SIZES = ((640, False), (1024, False), (1536, False), (2048, False), (4608, True))
 
 
 def reset_peak(pid: int) -> None:
