@@ -61,7 +61,10 @@ def compare(bench: Bench) -> dict[str, Any]:
             if run.test and run.test.nats is not None:
                 scored[method].append(run.test.nats)
         for seed in range(o.wire_seeds if "privatelora" in o.methods else 0):
-            bench.run(dataclasses.replace(chosen["privatelora"], seed=seed, transport="wire"))
+            wired = dataclasses.replace(chosen["privatelora"], seed=seed, transport="wire")
+            bench.run(wired.choosing)  # validation first: it says already whether the split run is equal
+            bench.run(wired)
+            bench.forget([wired])
         for method, nats in scored.items():
             lr = chosen[method].lr
             out[f"{task} {method}"] = {"lr": lr, "test_nats": mean_of(nats), "seeds": len(nats)}
