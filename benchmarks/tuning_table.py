@@ -90,6 +90,11 @@ def _wire(run: Run) -> str:
     return "-" if run.wire is None else f"{run.wire * BYTES_PER_VALUE / 1024:.1f}"
 
 
+def _rates(group: list[Run]) -> str:
+    scores = {run.spec.lr: run.score for run in group if run.spec.seed == 0}
+    return ", ".join(f"{lr:g} {scores[lr]:.4f}" for lr in sorted(scores))
+
+
 def _rows(found: list[Found]) -> str:
     return str(found[0].rows) if found else "0"
 
@@ -113,6 +118,7 @@ def _comparisons(record: Record) -> list[str]:
         lines: list[str] = []
         notes: list[str] = []
         tested = [run.test for run in runs if run.test is not None]
+        precisions = sorted({run.spec.precision for run in runs if run.spec.method != "majority"})
         majority = next((r.test for r in runs if r.spec.method == "majority" and r.test), None)
         for group in _by_setting(runs):
             picked = chosen(group)
@@ -127,6 +133,8 @@ def _comparisons(record: Record) -> list[str]:
                 f"| {_method(spec)} | {picked[0].trained / 1000:.0f} k | {run} | {_nats(tests)} "
                 f"| {_perplexity(tests)} | {_accuracy(tests)} | {_speed(picked)} | {_wire(picked[0])} |"
             )
+            if tuned and spec.transport == "reference":
+                notes.append(f"{_method(spec)}, validation nats by learning rate: {_rates(group)}.")
             if spec.method == "lora" and majority and majority.correct is not None:
                 share = statistics.mean(t.correct or 0 for t in tests) / tests[0].rows
                 if wilson(share, tests[0].rows)[0] <= majority.correct / majority.rows:
@@ -136,7 +144,7 @@ def _comparisons(record: Record) -> list[str]:
                     )
         tables.append(
             f"**{place[1]}**, {place[0]}, texts of at most {place[2]} words ({place[3]} in test), "
-            f"{_rows(tested)} test rows\n\n"
+            f"{_rows(tested)} test rows, layers in {' or '.join(precisions)}\n\n"
             "| method | trained | steps x batch | learning rate | seeds | nats per answer | perplexity "
             "| accuracy, % [95 %] | tokens/s | wire, KiB/token |\n"
             "|---|---|---|---|---|---|---|---|---|---|\n" + "\n".join([*lines, *[f"\n{n}" for n in notes]])
