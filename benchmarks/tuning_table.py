@@ -91,8 +91,13 @@ def _wire(run: Run) -> str:
 
 
 def _rates(group: list[Run]) -> str:
-    scores = {run.spec.lr: run.score for run in group if run.spec.seed == 0}
-    return ", ".join(f"{lr:g} {scores[lr]:.4f}" for lr in sorted(scores))
+    """Return what each learning rate gave: nats per answer, and the rows that were right."""
+    said: dict[float, str] = {}
+    for run in sorted((run for run in group if run.spec.seed == 0), key=lambda run: run.spec.lr):
+        found = run.validation
+        right = "" if found is None or found.correct is None else f" ({found.correct} of {found.rows} right)"
+        said[run.spec.lr] = f"{run.spec.lr:g} gave {run.score:.4f} nats{right}"
+    return ", ".join(said.values())
 
 
 def _rows(found: list[Found]) -> str:
@@ -121,6 +126,8 @@ def _comparisons(record: Record) -> list[str]:
         precisions = sorted({run.spec.precision for run in runs if run.spec.method != "majority"})
         majority = next((r.test for r in runs if r.spec.method == "majority" and r.test), None)
         for group in _by_setting(runs):
+            if group[0].spec.steps:
+                notes.append(f"{_method(group[0].spec)}, seed 0 on validation rows: {_rates(group)}.")
             picked = chosen(group)
             tests = [run.test for run in picked if run.test is not None]
             if not tests:
@@ -133,8 +140,6 @@ def _comparisons(record: Record) -> list[str]:
                 f"| {_method(spec)} | {picked[0].trained / 1000:.0f} k | {run} | {_nats(tests)} "
                 f"| {_perplexity(tests)} | {_accuracy(tests)} | {_speed(picked)} | {_wire(picked[0])} |"
             )
-            if tuned and spec.transport == "reference":
-                notes.append(f"{_method(spec)}, validation nats by learning rate: {_rates(group)}.")
             if spec.method == "lora" and majority and majority.correct is not None:
                 share = statistics.mean(t.correct or 0 for t in tests) / tests[0].rows
                 if wilson(share, tests[0].rows)[0] <= majority.correct / majority.rows:
