@@ -105,16 +105,20 @@ class TuneSession:
             await self.budget.take(size, self.patience_s)
         finally:
             self.waits_for_memory = False
-        batch = TuneBatch(
-            self.backbone,
-            self.plan,
-            lengths,
-            lambda *_: None,  # the queue sees to it
-            forward_only=message.forward_only,
-            checkpointing=self.config.checkpointing,
-            piece_tokens=self.config.piece_tokens,
-            arena=self._arena(lengths, message.forward_only),
-        )
+        try:
+            batch = TuneBatch(
+                self.backbone,
+                self.plan,
+                lengths,
+                lambda *_: None,  # the queue sees to it
+                forward_only=message.forward_only,
+                checkpointing=self.config.checkpointing,
+                piece_tokens=self.config.piece_tokens,
+                arena=self._arena(lengths, message.forward_only),
+            )
+        except BaseException:  # no memory after all: what was set aside for the batch is not lost with it
+            self.budget.give_back(size)
+            raise
         job = Job(batch, self._send, self._done, self._failed, lambda: self.budget.give_back(size))
         widest = max(self.plan.hidden_size, self.plan.codes_width, self.plan.residual_width)
         self.outbox.most = 2 * tokens * widest
@@ -180,13 +184,14 @@ class TuneSession:
         return Arena(size + ARENA_SLACK * len(lengths))
 
     def _checked_lengths(self, message: pb.Batch) -> list[int]:
-        limits, lengths = self.limits, list(message.lengths)
+        limits = self.limits
         if self.current is not None:
             raise invalid(f"batch {self.current.number} is under way; one batch of a stream at a time")
         if message.batch <= self.last_number:
             raise invalid(f"batch number {message.batch} is not above the last one, {self.last_number}")
-        if not 1 <= len(lengths) <= MAX_SEQUENCES:
-            raise invalid(f"a batch has 1 to {MAX_SEQUENCES} sequences, got {len(lengths)}")
+        if not 1 <= len(message.lengths) <= MAX_SEQUENCES:  # counted before they are looked at
+            raise invalid(f"a batch has 1 to {MAX_SEQUENCES} sequences, got {len(message.lengths)}")
+        lengths = list(message.lengths)
         if min(lengths) < 1:
             raise invalid("a sequence has at least one token")
         if max(lengths) > limits.max_sequence_tokens:

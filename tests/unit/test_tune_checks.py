@@ -277,6 +277,20 @@ async def test_a_batch_that_fails_is_its_own_edges_matter(talk: Talk, backbone: 
     assert talk.session.current is None and talk.budget.used == 0 and not talk.queue._jobs
 
 
+async def test_a_batch_that_cannot_be_made_gives_its_memory_back(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cloud_server.tune_session.Arena", no_memory)
+        with pytest.raises(MemoryError):
+            await talk.begin(3)
+    assert talk.budget.used == 0 and talk.session.current is None
+    await talk.begin(3)  # and the next one finds room
+
+
 # --- bounds -------------------------------------------------------------------------------------------------
 
 
