@@ -25,6 +25,9 @@ OTHER = Plan.subset((1,), name="other", backbone="b", num_layers=LAYERS, hidden_
 CACHE = KvCache(geometry(build("llama").config), range(LAYERS), 1 << 16, torch.float32, torch.device("cpu"))
 
 
+PATIENCE_S = 1000.0  # longer than `Bench.until`: who is waited for in vain fails a test
+
+
 class Counting:
     """A backbone that does what the engine relies on, and keeps a log of (what, layer, slices)."""
 
@@ -216,12 +219,12 @@ async def test_everybody_who_was_waited_with_may_be_cancelled() -> None:
 
 async def test_sessions_that_have_a_token_now_are_waited_for() -> None:
     """The next step of one waits at the first layer for the next step of the other."""
-    bench = Bench(start_wait_share=1.0)
+    bench = Bench(start_wait_share=1.0, fairness_s=PATIENCE_S)
     async with bench.serving():
         for number, owner in enumerate("ab"):
             bench.submit(number, owner=owner)
         await bench.until(lambda: len(bench.done) == 2)
-        bench.engine._pass_s = 5.0
+        bench.engine._pass_s = PATIENCE_S
         bench.submit(2, owner="a")
         await bench.settle()
         assert len(bench.done) == 2, "it should wait for the other session"
@@ -232,21 +235,21 @@ async def test_sessions_that_have_a_token_now_are_waited_for() -> None:
 
 async def test_a_session_does_not_wait_for_itself_whatever_its_rows() -> None:
     """Beams: a token's rows are forked and rearranged, so the next step's first row is another one."""
-    bench = Bench(start_wait_share=1.0)
+    bench = Bench(start_wait_share=1.0, fairness_s=PATIENCE_S)
     async with bench.serving():
         for number in range(3):
             bench.submit(number, owner="a")  # of a new row each
             await bench.until(lambda count=number + 1: len(bench.done) == count)
-            bench.engine._pass_s = 5.0
+            bench.engine._pass_s = PATIENCE_S
 
 
 async def test_a_session_that_left_is_not_waited_for() -> None:
-    bench = Bench(start_wait_share=1.0, fairness_s=5.0)
+    bench = Bench(start_wait_share=1.0, fairness_s=PATIENCE_S)
     async with bench.serving():
         for number, owner in enumerate("ab"):
             bench.submit(number, owner=owner)
         await bench.until(lambda: len(bench.done) == 2)
-        bench.engine._pass_s = 5.0
+        bench.engine._pass_s = PATIENCE_S
         bench.submit(2, owner="a")
         await bench.settle()
         assert len(bench.done) == 2
