@@ -1,7 +1,8 @@
 """Loopback: the split model against plain Hugging Face ``generate`` on the same cores, alternating.
 
 One process is the driver: it holds the edge and, for comparison, the whole model. The other is the
-cloud. Every figure is a ratio of medians of runs taken in turn. Sessions are streams of the driver;
+cloud. Every figure is a ratio of medians of runs taken in turn, of which those count that the host did
+not disturb (`benchmarks.quiet`). Sessions are streams of the driver;
 heads are not batched across them, and the reference computes its head row by row too.
 
     python -m benchmarks.loopback --dtype float32 --sessions 1 4 16
@@ -16,7 +17,6 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.processes import CloudProcess, memory_bytes
+from benchmarks.quiet import Pairs, compared, in_turn
 from edge_client.model import PrivateLoraForCausalLM
 from shared.models import resolve
 
@@ -136,16 +137,6 @@ def bytes_per_token(split: PrivateLoraForCausalLM, prompts: Prompts) -> dict[str
     return {name: round(value) for name, value in zip(("up", "down", "tcp_both_ways"), each, strict=True)}
 
 
-def in_turn(rounds: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
-    """Run both alternately, after one warm-up each; return what each returned."""
-    ours(), theirs()
-    mine, other = [], []
-    for _ in range(rounds):
-        mine.append(ours())
-        other.append(theirs())
-    return mine, other
-
-
 def main() -> None:
     """Run the benchmark and print its figures as one JSON line last."""
     parser = argparse.ArgumentParser(
@@ -178,7 +169,7 @@ def main() -> None:
         prompts = Prompts(vocab)
         figures["bytes_per_token"] = bytes_per_token(split, prompts)
         figures["prefill"] = compared(
-            *in_turn(
+            in_turn(
                 arguments.rounds,
                 lambda: prefill(split, prompts.next(1, arguments.prefill_tokens)),
                 lambda: prefill(plain, prompts.next(1, arguments.prefill_tokens)),
@@ -197,28 +188,18 @@ def main() -> None:
             head = plain.lm_head
             plain.lm_head = RowByRow(head) if count > 1 else head
             before = split.connection.describe()
-            many, reference = in_turn(arguments.rounds, ours, theirs)
+            pairs = in_turn(arguments.rounds, ours, theirs)
             after = split.connection.describe()
             plain.lm_head = head
-            figures[f"decode_{count}"] = compared([mine for mine, _ in many], reference)
-            figures[f"decode_{count}"]["slowest_of_median"] = round(min(share for _, share in many), 3)
+            figures[f"decode_{count}"] = compared(
+                Pairs([mine for mine, _ in pairs.ours], pairs.theirs, pairs.steal)
+            )
+            shares = [share for _, share in pairs.quiet().ours]
+            figures[f"decode_{count}"]["slowest_of_median"] = round(min(shares), 3)
             steps, batches = after.batched_steps - before.batched_steps, after.batches - before.batches
             figures[f"decode_{count}"]["mean_batch"] = round(steps / batches, 2)
         figures["cloud_rss_mib"] = memory_bytes(cloud.pid)[0] >> 20
     print(json.dumps(figures))
-
-
-def compared(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Return medians in tokens/s, and their ratio with the spread over the pairs."""
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    figures = {
-        "split": round(statistics.median(ours), 2),
-        "plain": round(statistics.median(theirs), 2),
-        "ratio": round(statistics.median(ours) / statistics.median(theirs), 3),
-        "pairs": [round(ratio, 3) for ratio in (ratios[0], ratios[-1])],
-    }
-    print(figures, flush=True)
-    return figures
 
 
 if __name__ == "__main__":
