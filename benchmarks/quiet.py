@@ -31,7 +31,9 @@ class Pairs(Generic[Ours, Theirs]):
     def quiet(self) -> "Pairs[Ours, Theirs]":
         """Return the undisturbed pairs, or all of them if none was."""
         kept = [i for i, share in enumerate(self.steal) if share <= MOST_STEAL] or range(len(self.steal))
-        return Pairs(*([column[i] for i in kept] for column in (self.ours, self.theirs, self.steal)))
+        return Pairs(
+            [self.ours[i] for i in kept], [self.theirs[i] for i in kept], [self.steal[i] for i in kept]
+        )
 
 
 def stolen_s() -> float:
