@@ -91,7 +91,19 @@ class PlanConfig(BaseModel):
     layout: Layout = Field(default="per_projection", description="One A-M-B per projection, or one fused")
     initialiser: Initialiser = Field(default="orthonormal", description="How A and B are made")
     layers: tuple[int, ...] | None = Field(
-        default=None, description="Layers that exchange and are adapted (indices); all if absent"
+        default=None,
+        description="Layers in the cloud that are adapted (indices); if absent all, or none where "
+        "the edge keeps layers",
+    )
+    exchange_layers: tuple[int, ...] | None = Field(
+        default=None,
+        description="Layers where codes are sent, for themselves and those after them (indices); the adapted "
+        "ones if absent",
+    )
+    head_layers: int = Field(default=0, ge=0, description="First decoder layers that edges run (count)")
+    tail_layers: int = Field(default=0, ge=0, description="Last decoder layers that edges run (count)")
+    lora_rank: int = Field(
+        default=16, ge=0, description="Rank of the LoRA in the layers that edges run (elements); 0: none"
     )
     scale: float = Field(default=1.0, gt=0, description="Factor on the residual (no unit)")
 

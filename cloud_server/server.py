@@ -25,7 +25,7 @@ from cloud_server.session import Limits
 from shared import edge_parts, fingerprint, lowrank, models
 from shared.checkpoint import Checkpoint
 from shared.lowrank import LowRank
-from shared.plan import Plan
+from shared.plan import Plan, Projection
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,10 @@ SERVER_OPTIONS = (
 def plan_of(config: PlanConfig, checkpoint: Checkpoint) -> Plan:
     """Return the plan that ``config`` describes for this model."""
     g = checkpoint.geometry
+    resident = bool(config.head_layers or config.tail_layers)
+    with_lora = resident and config.lora_rank > 0
     return Plan.subset(
-        config.layers,
+        () if resident and config.layers is None else config.layers,
         name=config.name,
         backbone=checkpoint.id,
         num_layers=g.num_layers,
@@ -59,6 +61,25 @@ def plan_of(config: PlanConfig, checkpoint: Checkpoint) -> Plan:
         layout=config.layout,
         initialiser=config.initialiser,
         scale=config.scale,
+        exchange_layers=config.exchange_layers,
+        head_layers=config.head_layers,
+        tail_layers=config.tail_layers,
+        lora=projections_of(checkpoint) if with_lora else (),
+        lora_rank=config.lora_rank if with_lora else 0,
+    )
+
+
+def projections_of(checkpoint: Checkpoint) -> tuple[Projection, ...]:
+    """Return the products of a decoder layer, by the shapes of its weights: all may get a LoRA."""
+    weights = {
+        local.removesuffix(".weight"): checkpoint.tensors[name].shape
+        for local, name in checkpoint.layer_tensors(0).items()
+        if local.endswith(".weight")
+    }
+    return tuple(
+        Projection(name=local, d_in=shape[1], d_out=shape[0])
+        for local, shape in weights.items()
+        if len(shape) == 2
     )
 
 
@@ -72,13 +93,17 @@ def build_service(config: CloudConfig, *, progress: bool = True) -> Service:
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     checkpoint = models.resolve(config.model, cache_dir=config.cache_dir, progress=progress)
-    parts = edge_parts.build(checkpoint, config.cache_dir, progress=progress)
-    offers: dict[bytes, Offer] = {}
-    plans = {}
+    made: dict[str, Plan] = {}
     for plan_config in config.plans:
         plan = plan_of(plan_config, checkpoint)
-        if plan.name in plans:
+        if plan.name in made:
             raise ValueError(f"two plans are named {plan.name!r}; give each its own name")
+        made[plan.name] = plan
+    resident = sorted({layer for plan in made.values() for layer in plan.resident_layers})
+    parts = edge_parts.build(checkpoint, config.cache_dir, layers=resident, progress=progress)
+    offers: dict[bytes, Offer] = {}
+    plans = {}
+    for plan in made.values():
         matrices, path = lowrank.ensure(plan, checkpoint, config.cache_dir, progress=progress)
         print_of = fingerprint.for_model(plan, checkpoint, path, parts, config.cache_dir)
         plans[plan.name] = (plan, matrices)

@@ -9,7 +9,9 @@ from edge_client.connection import Connection, Timeouts
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import CloudOffer, OfferError, fingerprint_message
 from edge_client.personal import PersonalWeights
-from edge_client.session import Session
+from edge_client.pool import SessionLike
+from edge_client.resident import Resident
+from edge_client.resident_session import ResidentSession
 from edge_client.shell import build_shell
 from edge_client.tokenizer import load_tokenizer
 from shared import wire
@@ -70,7 +72,7 @@ def open_model(
             accept_new=accept_new_fingerprint,
             config_dir=config_dir,
         )
-        folder = parts.fetch(connection, offer.parts, cache_dir, progress=progress)
+        folder = parts.fetch(connection, offer.parts, cache_dir, plan=chosen.plan, progress=progress)
         config, sizes = parts.read_config(folder)
         if (sizes.num_layers, sizes.hidden_size) != (chosen.plan.num_layers, chosen.plan.hidden_size):
             raise OfferError(f"{target}: config.json and plan {chosen.plan.name!r} describe different models")
@@ -78,14 +80,21 @@ def open_model(
         shell = build_shell(config, parts.read_tensors(folder, sizes), device, precision)
         on_wire = wire.DTYPE_NAMES[wire_dtype] if wire_dtype else wire.WIRE_DTYPES[offer.compute_dtype]
 
-        def open_session(personal: PersonalWeights) -> Session:
+        resident = None
+        if chosen.plan.resident_layers:
+            resident = Resident.read(config, chosen.plan, folder, device, precision)
+
+        def open_session(personal: PersonalWeights) -> SessionLike:
             message = fingerprint_message(offer.plans[personal.plan.name][1])
-            return connection.open_session(personal, message, on_wire, offer.raw_limits)
+            session = connection.open_session(personal, message, on_wire, offer.raw_limits)
+            if resident is None:
+                return session
+            return ResidentSession(session, resident.with_factors(personal.factors))
 
         model = PrivateLoraForCausalLM(config, shell, offer.limits, chosen, open_session)
         model.generation_config = parts.read_generation_config(folder, config)
         model.tokenizer = load_tokenizer(folder, sizes.vocab_size, offer.limits.max_context_tokens)
-        model.offer, model.connection = offer, connection
+        model.offer, model.connection, model.resident = offer, connection, resident
         model.wire_bytes = wire.TORCH_DTYPES[on_wire].itemsize
         return model
     except BaseException:

@@ -22,6 +22,7 @@ from edge_client.offer import CloudOffer, Limits
 from edge_client.padding import assemble, check_positions, new_columns, pick
 from edge_client.personal import PersonalWeights
 from edge_client.pool import SessionLike, SessionPool
+from edge_client.resident import Resident
 from edge_client.shell import Shell
 from edge_client.streams import Traffic
 from edge_client.tokenizer import EdgeTokenizer
@@ -71,6 +72,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         self.tokenizer: EdgeTokenizer | None = None
         self._open_session = open_session
         self.connection: Connection | None = None
+        self.resident: Resident | None = None  # layers that run here
         self.wire_bytes = 4  # of an element on the wire
         self._thread = threading.local()
         personal = PersonalWeights(adapter)

@@ -11,7 +11,7 @@ import torch
 
 from shared import PROTOCOL_VERSION, wire
 from shared.adapter import Adapter, AdapterError
-from shared.edge_parts import EdgePart, EdgePartsError, check_manifest
+from shared.edge_parts import EdgePart, EdgePartsError, check_manifest, parts_of
 from shared.fingerprint import Fingerprint, FingerprintError, edge_digest, plan_digest
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan, PlanError
@@ -71,12 +71,14 @@ class CloudOffer:
         parts = tuple(EdgePart(p.name, None, p.size_bytes, p.sha256) for p in response.edge_parts)
         try:
             check_manifest(parts)
-            plans = dict(_plan(target, offer, edge_digest(parts)) for offer in response.plans)
+            plans = dict(_plan(target, offer, parts) for offer in response.plans)
         except (EdgePartsError, PlanError, FingerprintError) as error:
             raise OfferError(f"{target}: {error}") from None
         if len(plans) != len(response.plans):
             raise OfferError(f"{target} offers two plans of one name")
-        if len({(f.layers, f.edge, p.num_layers, p.hidden_size) for p, f in plans.values()}) > 1:
+        sizes = {(p.num_layers, p.hidden_size) for p, _ in plans.values()}
+        ranges = {p.cloud_layers for p, _ in plans.values()}
+        if len(sizes) > 1 or len({(p.cloud_layers, f.layers) for p, f in plans.values()}) > len(ranges):
             raise OfferError(f"{target} offers plans of different models; expected one model")
         return cls(
             target=target,
@@ -137,8 +139,11 @@ class CloudOffer:
         return chosen
 
 
-def _plan(target: str, offer: pb.PlanOffer, edge: bytes) -> tuple[str, tuple[Plan, Fingerprint]]:
+def _plan(
+    target: str, offer: pb.PlanOffer, manifest: tuple[EdgePart, ...]
+) -> tuple[str, tuple[Plan, Fingerprint]]:
     plan = Plan.parse(offer.plan_json)
+    edge = edge_digest(parts_of(plan, manifest))
     stated = offer.fingerprint
     fingerprint = Fingerprint(stated.plan, stated.lowrank, stated.layers, stated.edge)
     for name, claimed, computed in (
@@ -148,8 +153,6 @@ def _plan(target: str, offer: pb.PlanOffer, edge: bytes) -> tuple[str, tuple[Pla
     ):
         if claimed != computed:
             raise OfferError(f"{target}: the fingerprint of plan {plan.name!r} contradicts itself ({name})")
-    if plan.head_layers or plan.tail_layers:
-        raise OfferError(f"{target}: plan {plan.name!r} keeps layers on the edge; update this program")
     return plan.name, (plan, fingerprint)
 
 

@@ -6,20 +6,32 @@ one continues. Everything lies in ``<cache>/edge/<digest of the manifest>``; not
 """
 
 import hashlib
+import math
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from shared.cache import cache_folder, locked, progress_bar
-from shared.checkpoint import SIZE_LIMITS, ModelError, read_json
-from shared.edge_parts import TENSORS_FILE, EdgePart, EdgePartsError, check_tensors_file
+from shared.checkpoint import DTYPES, SIZE_LIMITS, ModelError, read_json
+from shared.edge_parts import (
+    TENSORS_FILE,
+    EdgePart,
+    EdgePartsError,
+    check_tensors_file,
+    layer_file,
+    parts_of,
+)
 from shared.families import FAMILIES, Geometry, UnsupportedModelError, geometry
 from shared.fingerprint import edge_digest
+from shared.plan import Plan
+from shared.tensor_file import TensorFileError, read_header
 
 # What this side needs of config.json; the rest describes layers, which run elsewhere, or names code.
 CONFIG_KEYS = (
@@ -27,6 +39,13 @@ CONFIG_KEYS = (
     *("rms_norm_eps", "tie_word_embeddings", "final_logit_softcapping", "sliding_window", "layer_types"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
+# What else of it says how a decoder layer computes: numbers and names of known functions, see `_is_plain`.
+LAYER_KEYS = (
+    *("hidden_act", "hidden_activation", "attention_bias", "mlp_bias", "attn_logit_softcapping"),
+    *("query_pre_attn_scalar", "rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"),
+    *("partial_rotary_factor", "original_max_position_embeddings", "use_sliding_window", "max_window_layers"),
+)
+PLAIN_TEXT = re.compile(r"[a-z0-9_]{1,40}")
 # What of generation_config.json is honoured: numbers that steer sampling, and where to stop.
 GENERATION_KEYS = {
     "bos_token_id": (0, 1 << 24),
@@ -49,9 +68,14 @@ class Source(Protocol):
 
 
 def fetch(
-    source: Source, manifest: Sequence[EdgePart], cache_dir: Path | None = None, *, progress: bool = True
+    source: Source,
+    manifest: Sequence[EdgePart],
+    cache_dir: Path | None = None,
+    *,
+    plan: Plan | None = None,
+    progress: bool = True,
 ) -> Path:
-    """Return a folder that holds exactly the parts of a checked manifest, fetching what is missing.
+    """Return a folder that holds exactly the parts that are needed, fetching what is missing.
 
     Parameters
     ----------
@@ -61,6 +85,8 @@ def fetch(
         Parts that `shared.edge_parts.check_manifest` has accepted, in the cloud's order.
     cache_dir
         The cache folder.
+    plan
+        Says which decoder layers run here; None is all that there are parts of.
     progress
         Whether to show a bar on stderr.
 
@@ -69,15 +95,17 @@ def fetch(
     EdgePartsError
         If the cloud sends too much, too little or other bytes than the manifest says; or the disk is full.
     """
-    folder = cache_folder(cache_dir) / "edge" / edge_digest(manifest).hex()
+    needed = list(manifest) if plan is None else parts_of(plan, manifest)
+    folder = cache_folder(cache_dir) / "edge" / edge_digest(needed).hex()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "parts"):
-        missing = [(i, part) for i, part in enumerate(manifest) if not _is_verified(folder / part.name, part)]
+        numbered = [(i, part) for i, part in enumerate(manifest) if part in needed]
+        missing = [(i, part) for i, part in numbered if not _is_verified(folder / part.name, part)]
         total = sum(part.size for _, part in missing)
         if total > shutil.disk_usage(folder).free:
             raise EdgePartsError(f"{folder} has no room for {total} bytes; free some, or set --cache-dir")
         if missing:
-            with progress_bar("Fetching embeddings, head and tokenizer", total, progress) as advance:
+            with progress_bar("Fetching this side's parts of the model", total, progress) as advance:
                 for index, part in missing:
                     _fetch_one(source, index, part, folder, advance)
     return folder
@@ -160,6 +188,12 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, Geometry]:
         chosen = {key: raw[key] for key in CONFIG_KEYS if raw.get(key) is not None}
         for key, value in chosen.items():
             _check_value(key, value, int(raw.get("num_hidden_layers", 0)))
+        for key in LAYER_KEYS:
+            if (value := raw.get(key)) is None:
+                continue
+            if not _is_plain(value, depth=2):
+                raise EdgePartsError(f"config.json: {key} is nothing that a supported model has")
+            chosen[key] = value
         config = CONFIG_MAPPING[family](**chosen)
         return config, geometry(config)
     except (ModelError, UnsupportedModelError) as error:
@@ -170,6 +204,18 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, Geometry]:
         raise EdgePartsError(
             f"config.json is not valid: {type(error).__name__}: {str(error)[:200]}"
         ) from None
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether a value is a number, a short name, or a small table of such."""
+    if isinstance(value, dict):
+        named = all(isinstance(key, str) and PLAIN_TEXT.fullmatch(key) for key in value)
+        return (
+            depth > 0 and len(value) <= 16 and named and all(_is_plain(v, depth - 1) for v in value.values())
+        )
+    if isinstance(value, str):
+        return PLAIN_TEXT.fullmatch(value) is not None
+    return value is None or (isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e12)
 
 
 def _check_value(key: str, value: Any, layers: int) -> None:
@@ -236,3 +282,32 @@ def read_tensors(folder: Path, sizes: Geometry) -> dict[str, Tensor]:
     )
     with safe_open(folder / TENSORS_FILE, framework="pt") as reader:
         return {name: reader.get_tensor(name) for name in header.tensors}
+
+
+def read_layer(folder: Path, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read a decoder layer, after its header has been compared with the shapes that the model's code has.
+
+    Raises
+    ------
+    EdgePartsError
+        If a name, shape or dtype is not the expected one, or a value is not finite.
+    """
+    path = folder / layer_file(layer)
+    try:
+        header = read_header(path, max_header_bytes=1 << 16)
+    except TensorFileError as error:
+        raise EdgePartsError(str(error)) from None
+    found = {name: info.shape for name, info in header.tensors.items()}
+    if found != dict(shapes):
+        differing = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
+        raise EdgePartsError(
+            f"{path}: {differing} is missing, unknown or of another shape than config.json says"
+        )
+    if any(info.dtype not in DTYPES for info in header.tensors.values()):
+        raise EdgePartsError(f"{path}: expected tensors of {', '.join(DTYPES)}")
+    with safe_open(path, framework="pt") as reader:
+        tensors = {name: reader.get_tensor(name) for name in header.tensors}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise EdgePartsError(f"{path}: {name} holds NaN or infinity; these parts are damaged or hostile")
+    return tensors

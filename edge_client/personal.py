@@ -29,6 +29,7 @@ class PersonalWeights:
             layer: matrix.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous().numpy()
             for layer, matrix in adapter.matrices.items()
         }
+        self.factors = adapter.factors
         missing = set(self.plan.adapted_layers) - self._matrices.keys()
         if missing:
             raise ValueError(f"the adapter has no M for layers {sorted(missing)} of plan {self.plan.name!r}")

@@ -71,8 +71,11 @@ def check_known(
     with locked(path):
         known = _read(path)
         pin = known.get(offer.target, {})
+        # Both depend on which layers are on which side, so each division is pinned by itself.
+        division = f" {plan.head_layers}+{plan.tail_layers}" if plan.resident_layers else ""
         stated = {"edge": fingerprint.edge.hex(), "layers": fingerprint.layers.hex()}
-        changed = [words for key, words in WORDS.items() if key in pin and pin[key] != stated[key]]
+        stated = {key + division: digest for key, digest in stated.items()}
+        changed = [WORDS[key.split()[0]] for key in stated if pin.get(key, stated[key]) != stated[key]]
         plans = dict(pin.get("plans", {}))
         if plans.get(plan.name, root) != root and not changed:
             changed = ["the plan or its A/B"]
@@ -84,7 +87,7 @@ def check_known(
                 f"you trust the change, use --accept-new-fingerprint once (pins are kept in {path})"
             )
         plans = {plan.name: root} if changed else {**plans, plan.name: root}
-        entry = {**stated, "plans": plans}
+        entry = {**({} if changed else pin), **stated, "plans": plans}
         if entry != pin:
             known[offer.target] = entry
             with replacing(path) as file:
@@ -92,7 +95,7 @@ def check_known(
     return not pin
 
 
-WORDS = {"edge": "embeddings, head or tokenizer", "layers": "the decoder layers"}
+WORDS = {"edge": "embeddings, head, tokenizer or layers of this side", "layers": "the decoder layers"}
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

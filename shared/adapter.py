@@ -1,9 +1,10 @@
 """The adapter file: someone's personal weights M, and what they were made for.
 
 A safetensors file, mode 0600, with one tensor per adapted layer, ``layers.{l}.M`` (G, r_c2d, r_d2c)
-float32, and one metadata entry that holds JSON: format version, name, creation time, plan,
-fingerprint and a digest of the tensors. `Adapter.load` accepts exactly that. Nothing in the file is
-code, and nothing is allocated before the sizes in it are checked against the file's own size.
+float32, the LoRA factors of layers on the edge (`shared.lora`), and one metadata entry that holds JSON:
+format version, name, creation time, plan, fingerprint and a digest of the tensors. `Adapter.load` accepts
+exactly that. Nothing in the file is code, and nothing is allocated before the sizes in it are checked
+against the file's own size.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from shared.cache import replacing
 from shared.fingerprint import Fingerprint, merkle_root, plan_digest, tensor_digest
+from shared.lora import factor_shapes, zero_factors
 from shared.plan import Plan
 from shared.tensor_file import TensorFileError, check_tensors, read_float32, read_header
 
@@ -67,7 +69,10 @@ def _now() -> str:
 
 @dataclass
 class Adapter:
-    """Personal weights: one M of shape (G, r_c2d, r_d2c), float32, for each adapted layer of ``plan``."""
+    """Personal weights: one M of shape (G, r_c2d, r_d2c), float32, for each adapted layer of ``plan``.
+
+    ``factors`` are the LoRA factors of its resident layers, by name (`shared.lora`), float32.
+    """
 
     plan: Plan
     fingerprint: Fingerprint
@@ -75,22 +80,27 @@ class Adapter:
     name: str = "unnamed"
     created: str = field(default_factory=_now)
     training: Mapping[str, JsonValue] | None = None
+    factors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def zeros(cls, plan: Plan, fingerprint: Fingerprint, name: str = "unnamed") -> "Adapter":
-        """Return an adapter that changes nothing: where tuning starts."""
+        """Return an adapter that changes nothing."""
         shape = m_shape(plan)
-        return cls(plan, fingerprint, {layer: torch.zeros(shape) for layer in plan.adapted_layers}, name)
+        matrices = {layer: torch.zeros(shape) for layer in plan.adapted_layers}
+        return cls(plan, fingerprint, matrices, name, factors=zero_factors(plan))
 
     @classmethod
     def random(
         cls, plan: Plan, fingerprint: Fingerprint, seed: int, std: float, name: str = "random"
     ) -> "Adapter":
-        """Return an adapter with M ~ N(0, std^2), for tests and benchmarks."""
+        """Return an adapter with M and factors ~ N(0, std^2), for tests and benchmarks."""
         generator = torch.Generator().manual_seed(seed)
         shape = m_shape(plan)
         matrices = {layer: torch.randn(shape, generator=generator) * std for layer in plan.adapted_layers}
-        return cls(plan, fingerprint, matrices, name)
+        factors = {
+            key: torch.randn(shape, generator=generator) * std for key, shape in factor_shapes(plan).items()
+        }
+        return cls(plan, fingerprint, matrices, name, factors=factors)
 
     def save(self, path: Path | str) -> None:
         """Write the file, readable by its owner only, replacing ``path`` in one step or not at all.
@@ -101,21 +111,22 @@ class Adapter:
             If a matrix is missing, of another shape or dtype, or not finite, or a text is unfit.
         """
         path = Path(path)
-        expected = m_shape(self.plan)
         if tuple(sorted(self.matrices)) != self.plan.adapted_layers:
             raise AdapterError(
                 f"M is given for layers {sorted(self.matrices)}, the plan adapts {self.plan.adapted_layers}"
             )
-        for layer, matrix in self.matrices.items():
-            if tuple(matrix.shape) != expected or matrix.dtype != torch.float32:
+        tensors = {f"layers.{layer}.M": matrix for layer, matrix in self.matrices.items()} | self.factors
+        expected = tensor_shapes(self.plan)
+        if tensors.keys() != expected.keys():
+            raise AdapterError("the LoRA factors given are not those of the plan's resident layers")
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != expected[name] or tensor.dtype != torch.float32:
                 raise AdapterError(
-                    f"M of layer {layer} is {matrix.dtype} {tuple(matrix.shape)}, expected float32 {expected}"
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected float32 {expected[name]}"
                 )
-            if not torch.isfinite(matrix).all():
-                raise AdapterError(f"M of layer {layer} holds NaN or Inf; training diverged?")
-        tensors = {
-            f"layers.{layer}.M": matrix.detach().cpu().contiguous() for layer, matrix in self.matrices.items()
-        }
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(f"{name} holds NaN or Inf; training diverged?")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             metadata = Metadata(
                 format_version=FORMAT_VERSION,
@@ -160,7 +171,7 @@ class Adapter:
             raise AdapterError(f"not an adapter: {error}") from None
         metadata = _metadata(path, header.metadata)
         plan = metadata.plan
-        expected = {f"layers.{layer}.M": m_shape(plan) for layer in plan.adapted_layers}
+        expected = tensor_shapes(plan)
         try:
             check_tensors(path, header.tensors, expected, f"an adapter for plan {plan.name!r}")
         except TensorFileError as error:
@@ -171,7 +182,9 @@ class Adapter:
             if not torch.isfinite(tensor).all():
                 raise AdapterError(f"{path}: {name} holds NaN or Inf; restore the file from a copy")
         if _digest(tensors) != metadata.matrices:
-            raise AdapterError(f"{path} is damaged: M does not match its digest; restore it from a copy")
+            raise AdapterError(
+                f"{path} is damaged: what it holds does not match its digest; restore it from a copy"
+            )
         return cls(
             plan=plan,
             fingerprint=_fingerprint(metadata),
@@ -179,7 +192,16 @@ class Adapter:
             name=metadata.name,
             created=metadata.created,
             training=metadata.training,
+            factors={name: tensors[name] for name in factor_shapes(plan)},
         )
+
+
+def tensor_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of an adapter for ``plan``."""
+    matrices: dict[str, tuple[int, ...]] = {
+        f"layers.{layer}.M": m_shape(plan) for layer in plan.adapted_layers
+    }
+    return matrices | factor_shapes(plan)
 
 
 def m_shape(plan: Plan) -> tuple[int, int, int]:

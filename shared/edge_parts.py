@@ -1,27 +1,32 @@
 """The edge parts: the public files an edge needs, and the manifest that names them.
 
 `build` writes them from a checkpoint: `edge.safetensors` (embeddings, final norm, and the head where
-it is not tied, in their stored dtype) beside the allowlisted config and tokenizer files. The same
-checkpoint always gives the same bytes. `check_manifest` is the other side's first look at a
-manifest from a cloud it does not trust.
+it is not tied, in their stored dtype) beside the allowlisted config and tokenizer files, and a
+`layer-N.safetensors` for each decoder layer that some plan keeps on the edge. The same checkpoint always
+gives the same bytes, and a plan's edge fetches and digests the parts of that plan alone. `check_manifest`
+is the other side's first look at a manifest from a cloud it does not trust.
 """
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.cache import cache_folder, file_sha256, make_folder, progress_bar, slug
 from shared.checkpoint import EDGE_FILES, MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Checkpoint, ModelError
 from shared.merkle import tensor_digests
+from shared.plan import Plan
 from shared.tensor_file import Header, TensorFileError, TensorInfo, copy_tensors, pieces, read_header
 
 TENSORS_FILE = "edge.safetensors"
 # Embeddings and head of the largest public vocabulary (262k x 8192), float32: 17 GB.
 MAX_TENSORS_BYTES = 32 * 1024**3
+MAX_LAYER_BYTES = 16 * 1024**3  # a layer of the largest public dense model (405B), float32: 13 GB
 LAYOUT_VERSION = 1
+LAYER_NAME = re.compile(r"layer-(0|[1-9][0-9]{0,3})\.safetensors")
 
 
 class EdgePartsError(ValueError):
@@ -38,8 +43,29 @@ class EdgePart:
     sha256: bytes
 
 
+def layer_file(layer: int) -> str:
+    """Return the name of the part that holds one decoder layer."""
+    return f"layer-{layer}.safetensors"
+
+
+def parts_of(plan: Plan, manifest: Sequence[EdgePart]) -> list[EdgePart]:
+    """Return the parts that an edge needs under ``plan``, in the manifest's order.
+
+    Raises
+    ------
+    EdgePartsError
+        If a layer that the plan keeps on the edge is not among them.
+    """
+    wanted = {layer_file(layer) for layer in plan.resident_layers}
+    if lacking := sorted(wanted - {part.name for part in manifest}):
+        raise EdgePartsError(f"edge part {lacking[0]} is missing, which plan {plan.name!r} needs")
+    return [part for part in manifest if part.name in wanted or not LAYER_NAME.fullmatch(part.name)]
+
+
 def size_limit(name: str) -> int:
     """Return the most bytes that the part ``name`` may have."""
+    if LAYER_NAME.fullmatch(name):
+        return MAX_LAYER_BYTES
     if name == TENSORS_FILE:
         return MAX_TENSORS_BYTES
     return MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_CONFIG_BYTES
@@ -57,8 +83,10 @@ def check_manifest(manifest: Sequence[EdgePart]) -> None:
     """
     names = [part.name for part in manifest]
     known = (TENSORS_FILE, *EDGE_FILES)
-    if unknown := [name for name in names if name not in known]:
-        raise EdgePartsError(f"unknown edge part {unknown[0][:80]!r}; known: {', '.join(known)}")
+    if unknown := [name for name in names if name not in known and not LAYER_NAME.fullmatch(name)]:
+        raise EdgePartsError(
+            f"unknown edge part {unknown[0][:80]!r}; known: {', '.join(known)}, layer-N.safetensors"
+        )
     if len(set(names)) != len(names):
         raise EdgePartsError("an edge part is named twice")
     if missing := [name for name in (TENSORS_FILE, "config.json") if name not in names]:
@@ -95,10 +123,17 @@ def check_tensors_file(path: Path, *, vocab_size: int, hidden_size: int, tied_he
     return header
 
 
-def build(checkpoint: Checkpoint, cache_dir: Path | None = None, *, progress: bool = False) -> list[EdgePart]:
+def build(
+    checkpoint: Checkpoint,
+    cache_dir: Path | None = None,
+    *,
+    layers: Iterable[int] = (),
+    progress: bool = False,
+) -> list[EdgePart]:
     """Write the edge parts of ``checkpoint`` into the cache, once, and return their manifest.
 
-    The config and tokenizer files are copied too, so that what was digested is what is served.
+    The config and tokenizer files are copied too, so that what was digested is what is served. ``layers``
+    are the decoder layers that some plan keeps on the edge.
 
     Raises
     ------
@@ -117,25 +152,50 @@ def build(checkpoint: Checkpoint, cache_dir: Path | None = None, *, progress: bo
     for name, path in files.items():
         if not 0 < path.stat().st_size <= size_limit(name):
             raise ModelError(f"{path} has {path.stat().st_size} bytes; expected 1 to {size_limit(name)}")
-    content = {name: digest.hex() for name, digest in tensor_digests(tensors, cache_dir).items()}
-    content |= {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    key = hashlib.sha256(json.dumps([LAYOUT_VERSION, content], sort_keys=True).encode()).hexdigest()[:32]
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
     def fill(draft: Path) -> None:
         for name, path in files.items():
             shutil.copyfile(path, draft / name)
-        total = sum(info.size for info in tensors.values())
-        with (
-            progress_bar(f"Writing the edge parts of {checkpoint.id}", total, progress) as advance,
-            (draft / TENSORS_FILE).open("wb") as file,
-        ):
-            copy_tensors(file, tensors, advance)
 
-    folder = make_folder(cache_folder(cache_dir) / "served" / f"{slug(checkpoint.id)}-{key}", fill)
+    folder = _written(checkpoint, TENSORS_FILE, tensors, digests, fill, cache_dir, progress)
     paths = [folder / name for name in (*EDGE_FILES, TENSORS_FILE) if (folder / name).is_file()]
+    for layer in layers:
+        own = {local: checkpoint.tensors[name] for local, name in checkpoint.layer_tensors(layer).items()}
+        name = layer_file(layer)
+        paths.append(_written(checkpoint, name, own, {}, lambda _: None, cache_dir, progress) / name)
     manifest = [EdgePart(p.name, p, p.stat().st_size, file_sha256(p, cache_dir)) for p in paths]
     check_manifest(manifest)
     return manifest
+
+
+def _written(
+    checkpoint: Checkpoint,
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    beside: Mapping[str, str],
+    fill_beside: Callable[[Path], None],
+    cache_dir: Path | None,
+    progress: bool,
+) -> Path:
+    """Return the folder of the file ``name`` with ``tensors``, and what else is to lie there, made once.
+
+    The folder is named by its content; ``beside`` has the digests of the other files.
+    """
+    content = {tensor: digest.hex() for tensor, digest in tensor_digests(tensors, cache_dir).items()}
+    text = json.dumps([LAYOUT_VERSION, content | dict(beside)], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def fill(draft: Path) -> None:
+        fill_beside(draft)
+        total = sum(info.size for info in tensors.values())
+        with (
+            progress_bar(f"Writing {name} of {checkpoint.id} for edges", total, progress) as advance,
+            (draft / name).open("wb") as file,
+        ):
+            copy_tensors(file, tensors, advance)
+
+    return make_folder(cache_folder(cache_dir) / "served" / f"{slug(checkpoint.id)}-{key}", fill)
 
 
 def _same(one: TensorInfo, other: TensorInfo) -> bool:

@@ -181,7 +181,7 @@ def _check(plan: Plan, geometry: Geometry) -> None:
             f"plan {plan.name!r} is for {plan.num_layers} layers of width {plan.hidden_size}, "
             f"the model has {geometry.num_layers} of {geometry.hidden_size}"
         )
-    if plan.initialiser == "gaussian":
+    if plan.initialiser == "gaussian" or not plan.exchange_layers:
         return
     dims = [geometry.out_dim(target) for target in plan.targets]
     most_b = min(dims) if plan.layout == "per_projection" else sum(dims)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Target = Literal["q", "k", "v"]
 Layout = Literal["per_projection", "fused"]
-Schedule = Literal["per_layer", "subset", "grouped"]
+Schedule = Literal["per_layer", "subset", "grouped", "resident"]
 Initialiser = Literal["gaussian", "orthonormal", "svd"]
 
 TARGET_ORDER: tuple[Target, ...] = ("q", "k", "v")
@@ -27,11 +27,22 @@ class PlanError(ValueError):
     """A plan that is malformed or contradicts itself."""
 
 
+class Projection(BaseModel):
+    """A product inside a resident layer that gets a LoRA: ``y += scale * (x down) up``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z_]{1,32}\.[a-z_]{1,32}$", description="Its place inside a decoder layer")
+    d_in: int = Field(ge=1, le=1 << 22, description="Width of x (elements)")
+    d_out: int = Field(ge=1, le=1 << 22, description="Width of y (elements)")
+
+
 class Plan(BaseModel):
     """The frozen description of a split (arXiv 2311.14030, section 3).
 
     Shapes that follow from it, with ``G = groups`` and ``d_out`` summed over the targets:
-    ``A (hidden_size, G * r_c2d)``, ``M (G, r_c2d, r_d2c)``, ``B (r_d2c, d_out)``.
+    ``A (hidden_size, G * r_c2d)``, ``M (G, r_c2d, r_d2c)``, ``B (r_d2c, d_out)``. A resident layer gets,
+    for each product in ``lora``, ``down (d_in, lora_rank)`` and ``up (lora_rank, d_out)`` (arXiv 2106.09685).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_max_length=256)
@@ -53,6 +64,11 @@ class Plan(BaseModel):
     schedule: Schedule = Field(description="How exchanges are spread over the layers")
     initialiser: Initialiser = Field(description="How A and B were made")
     scale: float = Field(default=1.0, gt=0, le=1e3, description="Factor on the residual (1 in the paper)")
+    lora: tuple[Projection, ...] = Field(
+        default=(), max_length=16, description="Products of every resident layer that get a LoRA"
+    )
+    lora_rank: int = Field(default=0, ge=0, le=8192, description="Rank of these LoRAs (elements)")
+    lora_scale: float = Field(default=2.0, gt=0, le=1e3, description="Factor on them (alpha / rank)")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Plan":
@@ -76,6 +92,12 @@ class Plan(BaseModel):
         unused = set(self.exchange_layers) - {self.source_of(layer) for layer in self.adapted_layers}
         if unused:
             raise ValueError(f"exchange layers {sorted(unused)} feed no adapted layer")
+        if len({projection.name for projection in self.lora}) != len(self.lora):
+            raise ValueError("lora names a product twice")
+        if bool(self.lora) != bool(self.lora_rank) or (self.lora and not self.resident_layers):
+            raise ValueError("lora needs a lora_rank, and layers on the edge (head_layers, tail_layers)")
+        if self.schedule == "resident" and not self.resident_layers:
+            raise ValueError("schedule resident keeps layers on the edge (head_layers, tail_layers)")
         if self.schedule == "per_layer" and not (self.exchange_layers == self.adapted_layers == tuple(cloud)):
             raise ValueError("schedule per_layer exchanges and adapts every layer of the cloud")
         if self.schedule == "subset" and self.exchange_layers != self.adapted_layers:
@@ -101,6 +123,29 @@ class Plan(BaseModel):
     def cloud_layers(self) -> range:
         """The decoder layers that the cloud runs."""
         return range(self.head_layers, self.num_layers - self.tail_layers)
+
+    @property
+    def resident_layers(self) -> tuple[int, ...]:
+        """The decoder layers that the edge runs, head before tail."""
+        first_of_tail = self.num_layers - self.tail_layers
+        return (*range(self.head_layers), *range(first_of_tail, self.num_layers))
+
+    @property
+    def returns_gradient(self) -> bool:
+        """Whether tuning needs dL/dx at the cloud's first layer: layers below it learn, on the edge."""
+        return bool(self.lora and self.head_layers)
+
+    @property
+    def learns_at_the_end_only(self) -> bool:
+        """Whether all that learns lies behind the cloud's layers: then no gradient goes to the cloud."""
+        return not (self.adapted_layers or self.returns_gradient)
+
+    @property
+    def lowest_gradient(self) -> int:
+        """The lowest layer of the cloud that tuning goes back through; one past its last if through none."""
+        if self.returns_gradient:
+            return self.cloud_layers.start
+        return self.adapted_layers[0] if self.adapted_layers else self.cloud_layers.stop
 
     def source_of(self, layer: int) -> int:
         """Return the exchange layer whose codes feed adapted layer ``layer``."""
@@ -157,21 +202,40 @@ class Plan(BaseModel):
         initialiser: Initialiser = "orthonormal",
         targets: tuple[Target, ...] = TARGET_ORDER,
         scale: float = 1.0,
+        exchange_layers: tuple[int, ...] | None = None,
+        head_layers: int = 0,
+        tail_layers: int = 0,
+        lora: tuple[Projection, ...] = (),
+        lora_rank: int = 0,
     ) -> "Plan":
-        """Make a plan that exchanges and adapts ``layers``; None is every layer (schedule per_layer)."""
-        chosen = tuple(range(num_layers)) if layers is None else layers
+        """Make a plan that adapts ``layers``; None is every layer of the cloud.
+
+        ``exchange_layers`` None is the adapted ones. The schedule follows from which is which.
+        """
+        cloud = tuple(range(head_layers, num_layers - tail_layers))
+        adapted = cloud if layers is None else layers
+        exchanging = adapted if exchange_layers is None else exchange_layers
+        schedule: Schedule = "grouped"
+        if head_layers or tail_layers:
+            schedule = "resident"
+        elif exchanging == adapted:
+            schedule = "per_layer" if adapted == cloud else "subset"
         return cls(
             name=name,
             backbone=backbone,
             num_layers=num_layers,
             hidden_size=hidden_size,
-            exchange_layers=chosen,
-            adapted_layers=chosen,
+            head_layers=head_layers,
+            tail_layers=tail_layers,
+            exchange_layers=exchanging,
+            adapted_layers=adapted,
             targets=targets,
             r_c2d=r_c2d or rank,
             r_d2c=r_d2c or rank,
             layout=layout,
-            schedule="per_layer" if chosen == tuple(range(num_layers)) else "subset",
+            schedule=schedule,
             initialiser=initialiser,
             scale=scale,
+            lora=lora,
+            lora_rank=lora_rank,
         )

@@ -9,6 +9,7 @@ and the A/B initialisers, nor with each other where they compute: shared mistake
 
 import copy
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -82,7 +83,13 @@ def delta(plan: Plan, lowrank: LowRank, matrices: Matrices, layer: int, rows: Ro
     return out
 
 
-def merged(model: ModelT, plan: Plan, lowrank: LowRank, matrices: Matrices) -> ModelT:
+def merged(
+    model: ModelT,
+    plan: Plan,
+    lowrank: LowRank,
+    matrices: Matrices,
+    factors: Mapping[str, Tensor] = MappingProxyType({}),
+) -> ModelT:
     """Return a copy of ``model`` whose q, k and v weights hold W + scale * A M B.
 
     Parameters
@@ -91,6 +98,8 @@ def merged(model: ModelT, plan: Plan, lowrank: LowRank, matrices: Matrices) -> M
         A plain Hugging Face causal language model of a supported family; it is not changed.
     plan, lowrank, matrices
         The split, its frozen A and B, and M (groups, r_c2d, r_d2c) by adapted layer.
+    factors
+        LoRA factors of resident layers (`shared.lora`): their weights hold W + lora_scale * down up.
 
     Raises
     ------
@@ -108,6 +117,12 @@ def merged(model: ModelT, plan: Plan, lowrank: LowRank, matrices: Matrices) -> M
             for target, change in delta(plan, lowrank, matrices, layer, rows).items():
                 linear, owned = rows[target]
                 weight = linear.weight[owned]  # (d_out, hidden_size), a view
+                weight.copy_(weight.double() + change.T.to(weight.device))
+        for layer in plan.resident_layers:
+            for projection in plan.lora if factors else ():
+                weight = result.get_parameter(f"model.layers.{layer}.{projection.name}.weight")
+                down, up = (factors[f"layers.{layer}.{projection.name}.{part}"] for part in ("down", "up"))
+                change = plan.lora_scale * (down.double() @ up.double())  # (d_in, d_out)
                 weight.copy_(weight.double() + change.T.to(weight.device))
     return result
 

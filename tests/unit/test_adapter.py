@@ -127,7 +127,7 @@ GOOD = "layers.0.M"
         ({GOOD: torch.zeros(3, 3, 4)}, r"shape \(3, 3, 4\), expected \(3, 4, 3\)"),
         ({GOOD: torch.zeros(36)}, r"expected \(3, 4, 3\)"),
         ({GOOD: torch.zeros(3, 4, 3).half()}, "F16, expected F32"),
-        ({GOOD: torch.zeros(3, 4, 3)}, "damaged: M does not match"),
+        ({GOOD: torch.zeros(3, 4, 3)}, "damaged: what it holds does not match"),
         ({GOOD: torch.full((3, 4, 3), float("nan"))}, "NaN or Inf"),
         ({GOOD: torch.full((3, 4, 3), float("-inf"))}, "NaN or Inf"),
     ],

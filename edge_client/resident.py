@@ -1,0 +1,210 @@
+"""Decoder layers that live on the edge: the model's first and last few, with a LoRA in each product.
+
+Hugging Face's own layers of the model's family, run on one row of a session after another, or on whole
+sequences when tuning. Their personal weights act here and are never exercised on the wire. Knows nothing
+about sessions, the cloud or tokens.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+
+from edge_client.parts import read_layer
+from edge_client.resident_cache import RowCache
+from shared.families import geometry, layer_types, rope_parameters
+from shared.plan import Plan
+
+Factors = Mapping[str, Tensor]  # by name, see `shared.lora`
+
+
+class LoraLinear(nn.Module):
+    """A frozen product and what personal weights add to it (arXiv 2106.09685): ``xW + scale (x down) up``."""
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.factors = (down, up)  # not parameters of this module: whoever made it owns them
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(..., d_out)`` of ``x (..., d_in)``."""
+        down, up = (factor.to(device=x.device, dtype=x.dtype) for factor in self.factors)
+        y: Tensor = self.base(x)
+        return torch.add(y, (x @ down) @ up, alpha=self.scale)
+
+
+class Resident:
+    """The resident layers of one plan, head and tail.
+
+    Parameters
+    ----------
+    config
+        The model's.
+    plan
+        Says which layers are here and what their LoRAs are.
+    tensors
+        Layer to local name to weight, as stored.
+    device, dtype
+        Where and in what they compute.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        plan: Plan,
+        tensors: Mapping[int, Mapping[str, Tensor]],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.plan, self.device, self.dtype = plan, torch.device(device), dtype
+        hollow = _hollow(config, plan)
+        with torch.device("meta"):
+            skeleton = AutoModel.from_config(hollow)  # type: ignore[no-untyped-call]
+        self.rotary_module = type(skeleton.rotary_emb)(hollow).to(self.device)
+        kinds, windows = layer_types(config), geometry(config).windows
+        self.rotary_kinds = tuple(k for k in rope_parameters(config) if k == "all" or k in kinds)
+        self.kinds = [kinds[i] if kinds[i] in self.rotary_kinds else "all" for i in plan.resident_layers]
+        self.windows = [windows[i] for i in plan.resident_layers]
+        self.layers: list[nn.Module] = []
+        for place, layer in enumerate(plan.resident_layers):
+            module = skeleton.layers[place]
+            cast = {
+                name: tensor.to(device=self.device, dtype=dtype) for name, tensor in tensors[layer].items()
+            }
+            module.load_state_dict(cast, strict=True, assign=True)
+            self.layers.append(module.eval().requires_grad_(False))
+
+    @classmethod
+    def read(
+        cls,
+        config: PreTrainedConfig,
+        plan: Plan,
+        folder: Path,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> "Resident":
+        """Read the layers from verified parts.
+
+        Raises
+        ------
+        EdgePartsError
+            If a layer's file does not hold what the model's code expects.
+        """
+        with torch.device("meta"):
+            skeleton = AutoModel.from_config(_hollow(config, plan))  # type: ignore[no-untyped-call]
+        tensors = {}
+        for place, layer in enumerate(plan.resident_layers):
+            state = skeleton.layers[place].state_dict()
+            tensors[layer] = read_layer(folder, layer, {name: tuple(t.shape) for name, t in state.items()})
+        return cls(config, plan, tensors, device, dtype)
+
+    def with_factors(self, factors: Factors) -> "Resident":
+        """Return the same layers, sharing their weights, with these LoRAs in them."""
+        bound = copy.copy(self)
+        bound.layers = []
+        for layer, module in zip(self.plan.resident_layers, self.layers, strict=True):
+            shared: dict[int, Any] = {
+                id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())
+            }
+            twin = copy.deepcopy(module, shared)
+            for projection in self.plan.lora:
+                path = f"layers.{layer}.{projection.name}"
+                parent, _, name = projection.name.rpartition(".")
+                owner = twin.get_submodule(parent)
+                lora = LoraLinear(
+                    getattr(owner, name), factors[f"{path}.down"], factors[f"{path}.up"], self.plan.lora_scale
+                )
+                setattr(owner, name, lora)
+            bound.layers.append(twin)
+        return bound
+
+    def run(self, places: range, hidden: Tensor, cache: RowCache) -> Tensor:
+        """Run layers on new positions of one row, which ``cache`` then holds.
+
+        Parameters
+        ----------
+        places
+            Which of `layers`.
+        hidden
+            ``(positions, hidden_size)``; they follow what the cache holds.
+        cache
+            Keys and values of these layers for this row.
+
+        Returns
+        -------
+        Tensor
+            Like ``hidden``.
+        """
+        start, count = cache.length, len(hidden)
+        x = hidden.to(device=self.device, dtype=self.dtype)[None]  # (1, positions, hidden_size)
+        rotary = self._rotary(torch.arange(start, start + count, device=self.device), x)
+        for place in places:
+            mask = self._mask(count, start, self.windows[place])
+            x = self.layers[place](
+                x, position_embeddings=rotary[self.kinds[place]], attention_mask=mask, past_key_values=cache
+            )
+        cache.length = start + count
+        out: Tensor = x[0].to(device=hidden.device, dtype=hidden.dtype)
+        return out
+
+    def run_whole(self, places: range, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Run layers on whole sequences, differentiable in ``hidden`` and the LoRAs.
+
+        Parameters
+        ----------
+        places
+            Which of `layers`.
+        hidden
+            The sequences laid end to end: ``(tokens, hidden_size)``.
+        lengths
+            Tokens of each.
+
+        Returns
+        -------
+        Tensor
+            Like ``hidden``.
+        """
+        longest = max(lengths)
+        rows = torch.split(hidden.to(device=self.device, dtype=self.dtype), list(lengths))
+        x = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (sequences, longest, hidden_size)
+        rotary = self._rotary(torch.arange(longest, device=self.device), x)
+        for place in places:
+            # Attention is causal and padding comes last: no position that is read sees any of it.
+            mask = self._mask(longest, 0, self.windows[place])
+            x = self.layers[place](x, position_embeddings=rotary[self.kinds[place]], attention_mask=mask)
+        out = torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
+        return out.to(device=hidden.device, dtype=hidden.dtype)
+
+    def _rotary(self, positions: Tensor, like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        if self.rotary_kinds == ("all",):
+            return {"all": self.rotary_module(like, positions[None])}
+        return {kind: self.rotary_module(like, positions[None], kind) for kind in self.rotary_kinds}
+
+    def _mask(self, count: int, start: int, window: int | None) -> Tensor | None:
+        """Return what is added to attention's logits ``(1, 1, count, start + count)``; None to see all."""
+        if count == 1 and (window is None or start < window):
+            return None
+        queries = torch.arange(start, start + count, device=self.device)[:, None]
+        keys = torch.arange(start + count, device=self.device)[None]
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(hidden, -math.inf)[None, None]
+
+
+def _hollow(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """Return a config whose layers are the resident ones alone."""
+    hollow = copy.deepcopy(config)
+    hollow.num_hidden_layers = len(plan.resident_layers)
+    if getattr(config, "layer_types", None):
+        hollow.layer_types = [config.layer_types[layer] for layer in plan.resident_layers]
+    # Bounded logits exist in Hugging Face's plain attention only.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    hollow._attn_implementation = "eager" if capped else "sdpa"
+    return hollow
