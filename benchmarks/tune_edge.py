@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import fingerprint_message
@@ -18,6 +17,7 @@ from edge_client.tuning.learner import Learner, embedding
 from edge_client.tuning.loss import Head
 from edge_client.tuning.stream import TuneStream
 from edge_client.tuning.trainer import clipped, optimiser
+from edge_client.tuning.weights import Weights
 from shared import wire
 from shared.adapter import m_shape
 
@@ -86,7 +86,7 @@ class TuningEdge:
         self.state = State.begin(dict.fromkeys(self.plan.adapted_layers, zeros))
         self.optimiser = optimiser(TuneConfig(), RATE, self.state)
 
-    def step(self, examples: Sequence[Example]) -> tuple[float, dict[int, Tensor]]:
+    def step(self, examples: Sequence[Example]) -> tuple[float, Weights]:
         """Tune one step; return the loss (nats), and the gradients as they were before clipping."""
         measured = self.learner.gradients(examples, self.state.matrices)
         kept = {layer: gradient.clone() for layer, gradient in measured.gradients.items()}

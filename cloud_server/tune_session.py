@@ -215,7 +215,7 @@ class TuneSession:
         elif name == "hidden_gradient":
             awaited = current.sent["hidden", 0]
         else:
-            if layer not in plan.exchange_layers[1:]:
+            if layer not in plan.exchange_layers[0 if plan.returns_gradient else 1 :]:
                 raise invalid(f"{what}: nothing below layer {layer} of plan {plan.name!r} waits for it")
             awaited = min(current.sent["residual_codes_gradient", fed] for fed in plan.fed_by(layer))
         if awaited == 0:

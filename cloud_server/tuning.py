@@ -61,8 +61,9 @@ class TuneBatch:
         self.forward_only, self.checkpointing, self._arena = forward_only, checkpointing, arena
         self.tokens = sum(lengths)
         self.start, self.stop = plan.cloud_layers.start, plan.cloud_layers.stop
-        # Nothing below the lowest residual is needed: no M is there.
-        self.bottom = plan.adapted_layers[0] if plan.adapted_layers else self.stop
+        # Nothing below is needed: no personal weight is there.
+        self.bottom = plan.lowest_gradient
+        self.returns_gradient = plan.returns_gradient and not forward_only
         self._gathered: dict[tuple[str, int], Gathered] = {}
         self._left = {tensor: self.tokens for tensor in self._outgoing()}  # rows yet to be sent, in order
         self.pieces = []
@@ -129,10 +130,12 @@ class TuneBatch:
     def _outgoing(self) -> list[tuple[str, int]]:
         """Return what is sent of the batch, in order: an edge reads one tensor after the other."""
         back = () if self.forward_only else reversed(self.plan.adapted_layers)
+        last = (("hidden_gradient", 0),) if self.returns_gradient else ()
         return [
             *(("codes", layer) for layer in self.plan.exchange_layers),
             ("hidden", 0),
             *(("residual_codes_gradient", layer) for layer in back),
+            *last,
         ]
 
     def _is_turn(self, name: str, layer: int) -> bool:
@@ -210,7 +213,7 @@ class TuneBatch:
                     or piece.attention.owns(address)
                 )
             )
-        hidden = hidden.detach().requires_grad_(piece.layer > self.bottom)
+        hidden = hidden.detach().requires_grad_(not self._is_last(piece.layer))
         qkv = qkv.detach().requires_grad_()
         with torch.enable_grad(), keeping:
             out = layer(hidden, qkv, piece.rotary[layer.rotary_key], piece.attention)
@@ -233,12 +236,12 @@ class TuneBatch:
             kept, _ = self._with_graph(piece, kept.hidden, qkv, None)
         hidden, products = kept.hidden, _of(kept.qkv)
         assert kept.end is not None
-        wanted = (products,) if number == self.bottom else (products, hidden)
+        wanted = (products,) if self._is_last(number) else (products, hidden)
         of_qkv, *of_hidden = torch.autograd.grad((kept.end,), wanted, (gradient,))
         if number in self.plan.adapted_layers:
             dz = self.backbone.residuals.residual_codes_gradient(of_qkv, self.plan, number)
             self._send("residual_codes_gradient", number, piece, dz)
-        if number == self.bottom:
+        if self._is_last(number):
             piece.stage = Stage.DONE
             return
         piece.hidden, piece.qkv, piece.gradient = hidden.detach(), of_qkv, of_hidden[0]
@@ -255,7 +258,15 @@ class TuneBatch:
         (of_hidden,) = torch.autograd.grad(normed, hidden, of_normed)
         piece.gradient = _of(piece.gradient) + of_hidden
         piece.hidden = piece.normed_gradient = None
+        if number == self.bottom:
+            self._send("hidden_gradient", 0, piece, piece.gradient)
+            piece.gradient, piece.stage = None, Stage.DONE
+            return
         piece.layer, piece.stage = number - 1, Stage.GRADIENT
+
+    def _is_last(self, layer: int) -> bool:
+        """Whether the way back ends at a layer's products: nothing wants the gradient of its input."""
+        return layer == self.bottom and not self.returns_gradient
 
     # --- what comes from the edge ---------------------------------------------------------------------------
 
@@ -275,7 +286,9 @@ class TuneBatch:
                     layer not in plan.adapted_layers or self._is_turn("residual_codes_gradient", layer)
                 )
             case Stage.CLOSE:
-                return layer not in plan.exchange_layers or self._has("codes_gradient", layer, piece)
+                return (layer not in plan.exchange_layers or self._has("codes_gradient", layer, piece)) and (
+                    layer > self.bottom or self._is_turn("hidden_gradient", 0)
+                )
         return piece.stage is not Stage.DONE
 
     def _has_input(self, piece: Piece) -> bool:

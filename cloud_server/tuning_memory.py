@@ -23,7 +23,8 @@ def tuning_bytes(
     """Return the most bytes that a batch holds at any moment, weights and messages on their way aside.
 
     With ``e`` bytes an element, ``d`` the hidden size, ``qkv = q_dim + 2 kv_dim``, ``w`` the width of the
-    MLP and ``n`` the layers from the lowest adapted one up (below it nothing has anything to learn)::
+    MLP and ``n`` the layers from the lowest adapted one up (below it nothing has anything to learn), or all
+    if the edge learns in layers below the cloud's::
 
         1.1 * (tokens * (n * kept + passing) + piece * working)
 
@@ -91,8 +92,7 @@ def kept_bytes(
 
 
 def _kept_layers(plan: Plan) -> range:
-    lowest = plan.adapted_layers[0] if plan.adapted_layers else plan.cloud_layers.stop
-    return range(lowest, plan.cloud_layers.stop)
+    return range(plan.lowest_gradient, plan.cloud_layers.stop)
 
 
 def _graph_bytes(geometry: Geometry, layer: int, longest: int, e: int) -> int:

@@ -20,13 +20,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from edge_client.tuning.config import TuneConfig
-from shared.adapter import m_shape
+from edge_client.tuning.weights import SomeWeights, Weights, weight_shapes
 from shared.cache import replacing
 from shared.merkle import merkle_root, tensor_digest
 from shared.plan import Plan
 
 METADATA_KEY = "privatelora_tuning"
-GROUPS = ("matrices", "first_moments", "second_moments", "best")  # of tensors, one a layer each
+GROUPS = ("matrices", "first_moments", "second_moments", "best")  # of tensors, see `weights`
 LOSSES = ("train_losses", "validation_losses")
 COUNTERS = ("step", "best_step", "stale", "tokens", "seconds")
 
@@ -90,10 +90,10 @@ class State:
     is validation. ``tokens`` and ``seconds`` are what its steps have cost so far, validations not counted.
     """
 
-    matrices: dict[int, Tensor] = field(repr=False)
-    first_moments: dict[int, Tensor] = field(repr=False)
-    second_moments: dict[int, Tensor] = field(repr=False)
-    best: dict[int, Tensor] = field(repr=False)
+    matrices: Weights = field(repr=False)
+    first_moments: Weights = field(repr=False)
+    second_moments: Weights = field(repr=False)
+    best: Weights = field(repr=False)
     _: KW_ONLY
     step: int = 0
     best_step: int = 0
@@ -104,9 +104,11 @@ class State:
     seconds: float = 0.0
 
     @classmethod
-    def begin(cls, matrices: Mapping[int, Tensor]) -> "State":
-        """Return the state of a run that starts at ``matrices`` (of zeros, as a rule)."""
-        copies = [{layer: matrix.detach().clone() for layer, matrix in matrices.items()} for _ in GROUPS]
+    def begin(cls, matrices: SomeWeights) -> "State":
+        """Return the state of a run that starts at ``matrices``."""
+        copies: list[Weights] = [
+            {layer: matrix.detach().clone() for layer, matrix in matrices.items()} for _ in GROUPS
+        ]
         for moments in copies[1:3]:
             for moment in moments.values():
                 moment.zero_()
@@ -179,13 +181,13 @@ def _metadata(raw: bytes) -> str:
 def _state(header: _Header, tensors: dict[str, Tensor]) -> State:
     if _digest(tensors) != header.tensors:
         raise KeyError("digest")
-    plan = header.identity.plan
+    shapes = weight_shapes(header.identity.plan)
     state = State(
-        *({layer: tensors[f"{group}.{layer}"] for layer in plan.adapted_layers} for group in GROUPS),
+        *({key: tensors[f"{group}.{key}"] for key in shapes} for group in GROUPS),
         **{name: getattr(header, name) for name in COUNTERS},
     )
     for group in GROUPS:
-        if any(tuple(tensor.shape) != m_shape(plan) for tensor in getattr(state, group).values()):
+        if any(tuple(tensor.shape) != shapes[key] for key, tensor in getattr(state, group).items()):
             raise KeyError("shape")
     for name in LOSSES:
         setattr(state, name, [(int(step), loss) for step, loss in tensors[name].tolist()])

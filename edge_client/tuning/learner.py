@@ -16,10 +16,13 @@ import grpc
 import torch
 from torch import Tensor
 
+from edge_client.resident import Resident
 from edge_client.streams import SessionError
+from edge_client.tuning.ends import Ends
 from edge_client.tuning.examples import Example
 from edge_client.tuning.loss import Head, loss_and_gradient, pack
 from edge_client.tuning.stream import Matrices, TuneLimits
+from edge_client.tuning.weights import SomeWeights, Weights, factors_of, joined, matrices_of
 
 Code = grpc.StatusCode
 # What a cloud that is restarted, drained, full or cut off may answer; anything else will not pass.
@@ -50,6 +53,10 @@ class TuningStream(Protocol):
     def backward(self, gradient: Tensor) -> dict[int, Tensor]:
         """Run the last batch back; return dL/dM by layer."""
 
+    @property
+    def input_gradient(self) -> Tensor | None:
+        """The gradient at the cloud's first layer that the last `backward` brought, if any."""
+
     def close(self) -> None:
         """End the stream."""
 
@@ -60,10 +67,10 @@ class TuningError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Mean loss over a batch's targets (nats), its gradient by layer, and the tokens that were run."""
+    """Mean loss over a batch's targets (nats), its gradient by weight, and the tokens that were run."""
 
     loss: float
-    gradients: dict[int, Tensor]
+    gradients: Weights
     tokens: int
 
 
@@ -82,6 +89,8 @@ class Learner:
         Called with the reason and the seconds, before a lost cloud is tried again.
     sleep
         Waits for some seconds.
+    resident
+        Layers that run here, None if there are none.
     """
 
     def __init__(
@@ -91,8 +100,9 @@ class Learner:
         open_stream: Callable[[], TuningStream],
         waiting: Waiting = lambda error, seconds: None,
         sleep: Callable[[float], object] = time.sleep,
+        resident: Resident | None = None,
     ) -> None:
-        self.head, self.embed = head, embed
+        self.head, self.embed, self.resident = head, embed, resident
         self.micro_batch_tokens = 0  # set by whoever has settled it; 0 is what the cloud takes
         self.waiting = waiting
         self._open_stream, self._sleep = open_stream, sleep
@@ -108,15 +118,15 @@ class Learner:
         """
         return self._with_stream(lambda stream: stream.limits)
 
-    def gradients(self, batch: Sequence[Example], matrices: Matrices) -> Measured:
-        """Return a batch's mean loss and its gradient in M.
+    def gradients(self, batch: Sequence[Example], weights: SomeWeights) -> Measured:
+        """Return a batch's mean loss and its gradient in the personal weights.
 
         Parameters
         ----------
         batch
             At least one example.
-        matrices
-            M by adapted layer; left as they are.
+        weights
+            M by adapted layer and factors by name; left as they are.
 
         Raises
         ------
@@ -125,16 +135,25 @@ class Learner:
         """
         total = sum(example.targets for example in batch)
         loss, tokens = 0.0, 0
-        gradients: dict[int, Tensor] = {}
+        # With nothing to learn in the cloud or below it, no gradient ever leaves this process.
+        only_here = self.resident is not None and self.resident.plan.learns_at_the_end_only
+        gradients: Weights = {}
+        matrices, factors = matrices_of(weights), factors_of(weights)
         for piece in self._micro_batches(batch):
             packed = pack(piece)
             hidden = self.embed(packed.ids)  # (tokens, hidden_size)
 
-            def there_and_back(stream: TuningStream) -> tuple[float, dict[int, Tensor]]:
-                last = stream.forward(hidden, packed.lengths, matrices)  # noqa: B023, used at once
-                share, upstream = loss_and_gradient(self.head, last, packed, total)  # noqa: B023
+            def there_and_back(stream: TuningStream) -> tuple[float, Weights]:
+                ends = Ends(self.resident, factors, packed.lengths, want_gradient=True)  # noqa: B023, used at once
+                entered = ends.enter(hidden)  # noqa: B023
+                last = stream.forward(entered, packed.lengths, matrices, forward_only=only_here)  # noqa: B023
+                share, upstream = loss_and_gradient(self.head, ends.leave(last), packed, total)  # noqa: B023
                 assert upstream is not None
-                return share, stream.backward(upstream)
+                upstream, found = ends.back_from_end(upstream)
+                if only_here:
+                    return share, joined(found)
+                matrices_back = stream.backward(upstream)
+                return share, joined(matrices_back, ends.back_to_start(stream.input_gradient), found)
 
             share, found = self._with_stream(there_and_back)
             loss, tokens = loss + share, tokens + len(packed.ids)
@@ -142,17 +161,21 @@ class Learner:
                 gradients[layer] = gradients[layer] + gradient if layer in gradients else gradient
         return Measured(loss, gradients, tokens)
 
-    def loss(self, examples: Sequence[Example], matrices: Matrices) -> float:
+    def loss(self, examples: Sequence[Example], weights: SomeWeights) -> float:
         """Return the mean loss (nats) over all targets of ``examples``; nothing is run back."""
         total = sum(example.targets for example in examples)
         loss = 0.0
+        matrices, factors = matrices_of(weights), factors_of(weights)
         for piece in self._micro_batches(examples):
             packed = pack(piece)
             hidden = self.embed(packed.ids)
 
             def there(stream: TuningStream) -> float:
-                last = stream.forward(hidden, packed.lengths, matrices, forward_only=True)  # noqa: B023
-                return loss_and_gradient(self.head, last, packed, total, want_gradient=False)[0]  # noqa: B023
+                ends = Ends(self.resident, factors, packed.lengths, want_gradient=False)  # noqa: B023, used at once
+                entered = ends.enter(hidden)  # noqa: B023
+                last = stream.forward(entered, packed.lengths, matrices, forward_only=True)  # noqa: B023
+                left = ends.leave(last)
+                return loss_and_gradient(self.head, left, packed, total, want_gradient=False)[0]  # noqa: B023
 
             loss += self._with_stream(there)
         return loss

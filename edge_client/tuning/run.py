@@ -34,8 +34,9 @@ from edge_client.tuning.loss import Head
 from edge_client.tuning.rows import Row
 from edge_client.tuning.stream import WIRE_DTYPES
 from edge_client.tuning.trainer import Trainer, Watcher
+from edge_client.tuning.weights import factors_of, matrices_of, start_weights
 from shared import wire
-from shared.adapter import Adapter, m_shape
+from shared.adapter import Adapter
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -127,7 +128,7 @@ def start(
     Parameters
     ----------
     model
-        From `from_cloud`; its adapter says which plan is tuned. M starts at zero.
+        From `from_cloud`; its adapter says which plan is tuned. Weights start where they change nothing.
     job
         What is asked for.
     rows
@@ -161,7 +162,8 @@ def start(
         return connection.open_tuning(plan, fingerprint_message(fingerprint), on_wire)
 
     head = Head(model.norm, model.lm_head, model.softcap)
-    learner = Learner(head, embedding(model.embed_tokens, model.device), open_stream, waiting)
+    embed = embedding(model.embed_tokens, model.device)
+    learner = Learner(head, embed, open_stream, waiting, resident=model.resident)
     limits = learner.limits()
     config = job.config.settled(plan, limits.max_batch_tokens, limits.max_sequence_tokens)
     assert config.max_tokens is not None
@@ -193,8 +195,7 @@ def start(
         state = saved[1]
     else:
         precision = torch.float64 if offer.compute_dtype == torch.float64 else torch.float32
-        zeros = torch.zeros(m_shape(plan), dtype=precision)
-        state = State.begin(dict.fromkeys(plan.adapted_layers, zeros))
+        state = State.begin(start_weights(plan, config.seed, precision))
 
     def save(state: State) -> None:
         save_checkpoint(job.checkpoint, identity, state)
@@ -211,14 +212,15 @@ def finish(model: PrivateLoraForCausalLM, job: Job, trainer: Trainer) -> Outcome
         If M cannot be saved.
     """
     state, plan = trainer.state, model.adapter.plan
-    step, matrices = trainer.kept
+    step, weights = trainer.kept
     summary = summarised(trainer)
     made = Adapter(
         plan,
         model.adapter.fingerprint,
-        {layer: matrix.to(torch.float32) for layer, matrix in matrices.items()},
+        {layer: matrix.to(torch.float32) for layer, matrix in matrices_of(weights).items()},
         job.name,
         training=summary,
+        factors={name: factor.to(torch.float32) for name, factor in factors_of(weights).items()},
     )
     job.out.parent.mkdir(parents=True, exist_ok=True)
     made.save(job.out)

@@ -69,13 +69,21 @@ class Batch:
     @property
     def dtype(self) -> torch.dtype:
         """What codes are multiplied in: the dtype of M."""
-        return next(iter(self.matrices.values())).dtype
+        return next((matrix.dtype for matrix in self.matrices.values()), torch.float32)
 
 
 class TuneStream:
     """A stream to tune on. Made by `Connection.open_tuning`; used by one thread at a time.
 
     After any error the stream is of no more use; the batch is to be sent again on a new one.
+
+    Attributes
+    ----------
+    limits
+        What the cloud takes.
+    input_gradient
+        dL/dx ``(tokens, hidden_size)`` of the last `backward` at the cloud's first layer, for the layers
+        below it on this side; None if the plan has none that learn.
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class TuneStream:
         self.limits = TuneLimits(0, 0)
         self._call, self._loop, self._on_close = call, loop, on_close
         self._timeout_s = message_timeout_s
+        self.input_gradient: Tensor | None = None
         self._number = 0
         self._batch: Batch | None = None
 
@@ -217,20 +226,26 @@ class TuneStream:
             codes = batch.codes.pop(exchange)  # (tokens, groups * r_c2d)
             upstream = torch.zeros_like(codes)  # dL/dc
             lowest, *_ = plan.fed_by(exchange)
+            # Below the lowest exchange nothing has anything to learn, unless it is on this side.
+            wanted = exchange != plan.exchange_layers[0] or plan.returns_gradient
             for layer in reversed(plan.fed_by(exchange)):
                 dz = codes.new_empty(batch.tokens, plan.residual_width)
                 async for blocks in self._blocks(batch, "residual_codes_gradient", layer, dz):
                     for lo, hi in blocks:
                         c, g = by_group(codes[lo:hi], plan), by_group(dz[lo:hi], plan)
                         gradients[layer].baddbmm_(c.transpose(1, 2), g)  # (groups, r_c2d, r_d2c)
-                        if exchange != plan.exchange_layers[0]:
+                        if wanted:
                             by_group(upstream[lo:hi], plan).baddbmm_(g, batch.matrices[layer].transpose(1, 2))
-                    # Nothing below the lowest exchange has anything to learn.
-                    if layer == lowest and exchange != plan.exchange_layers[0]:
+                    if layer == lowest and wanted:
                         await self._send(
                             batch, "codes_gradient", exchange, upstream, blocks[0][0], blocks[-1][1]
                         )
             self.traffic.round_trips += 1
+        self.input_gradient = None
+        if plan.returns_gradient:
+            self.input_gradient = gradient.new_empty(batch.tokens, plan.hidden_size)
+            async for _ in self._rows(batch, "hidden_gradient", None, self.input_gradient):
+                pass
         await self._expect_done(batch)
         return gradients
 

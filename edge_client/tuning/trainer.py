@@ -7,15 +7,15 @@ Knows nothing about clouds, files or progress bars.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from edge_client.tuning.checkpoint import State
 from edge_client.tuning.config import TuneConfig
 from edge_client.tuning.examples import Example, batches
 from edge_client.tuning.learner import Learner, TuningError
+from edge_client.tuning.weights import SomeWeights, Weights
 
 
 class Watcher:
@@ -105,8 +105,8 @@ class Trainer:
         return 0 < self.config.patience <= self.state.stale
 
     @property
-    def kept(self) -> tuple[int, dict[int, Tensor]]:
-        """The step that is kept, the best one or else the last, and its M."""
+    def kept(self) -> tuple[int, Weights]:
+        """The step that is kept, the best one or else the last, and its weights."""
         state = self.state
         return (state.best_step, state.best) if self.validation else (state.step, state.matrices)
 
@@ -179,7 +179,7 @@ def lr_factor(config: TuneConfig, step: int, total: int) -> float:
     return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def clipped(gradients: Mapping[int, Tensor], longest: float) -> float:
+def clipped(gradients: SomeWeights, longest: float) -> float:
     """Scale gradients down together, in place, if their L2 norm exceeds ``longest`` (0: never); return it."""
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
     if 0 < longest < norm and math.isfinite(norm):

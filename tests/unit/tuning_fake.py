@@ -26,6 +26,8 @@ LIMITS = TuneLimits(max_batch_tokens=64, max_sequence_tokens=48)
 class FakeStream:
     """Runs each sequence through the reference; checks what the real cloud checks."""
 
+    input_gradient = None  # this plan has no layers below the cloud's
+
     def __init__(self, reference: Reference, limits: TuneLimits = LIMITS) -> None:
         self.reference, self.limits = reference, limits
         self.batches: list[tuple[tuple[int, ...], bool]] = []

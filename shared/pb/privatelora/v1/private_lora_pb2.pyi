@@ -813,6 +813,7 @@ class TuneResponse(_message.Message):
     HIDDEN_FIELD_NUMBER: _builtins.int
     RESIDUAL_CODES_GRADIENT_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    HIDDEN_GRADIENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___TuneOpened: ...
     @_builtins.property
@@ -829,6 +830,13 @@ class TuneResponse(_message.Message):
 
     @_builtins.property
     def done(self) -> Global___BatchDone: ...
+    @_builtins.property
+    def hidden_gradient(self) -> Global___Rows:
+        """dL/dx of the cloud's first layer, last of a batch's tensors and only
+        where the plan has layers below it that learn, on the edge. The layer
+        is not used.
+        """
+
     def __init__(
         self,
         *,
@@ -837,12 +845,13 @@ class TuneResponse(_message.Message):
         hidden: Global___Rows | None = ...,
         residual_codes_gradient: Global___Rows | None = ...,
         done: Global___BatchDone | None = ...,
+        hidden_gradient: Global___Rows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "done", b"done", "hidden", b"hidden", "message", b"message", "opened", b"opened", "residual_codes_gradient", b"residual_codes_gradient"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "done", b"done", "hidden", b"hidden", "hidden_gradient", b"hidden_gradient", "message", b"message", "opened", b"opened", "residual_codes_gradient", b"residual_codes_gradient"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "done", b"done", "hidden", b"hidden", "message", b"message", "opened", b"opened", "residual_codes_gradient", b"residual_codes_gradient"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "done", b"done", "hidden", b"hidden", "hidden_gradient", b"hidden_gradient", "message", b"message", "opened", b"opened", "residual_codes_gradient", b"residual_codes_gradient"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "codes", "hidden", "residual_codes_gradient", "done"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "codes", "hidden", "residual_codes_gradient", "done", "hidden_gradient"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

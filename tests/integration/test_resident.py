@@ -1,0 +1,192 @@
+"""Layers on the edge, over two real processes: tokens, gradients, and what crosses the wire."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.processes import CloudProcess
+from edge_client.model import PrivateLoraForCausalLM
+from edge_client.offer import fingerprint_message
+from edge_client.tuning.examples import IGNORED, Example
+from edge_client.tuning.learner import Learner, embedding
+from edge_client.tuning.loss import Head
+from edge_client.tuning.weights import joined
+from shared import lowrank
+from shared.adapter import Adapter
+from shared.checkpoint import Checkpoint
+from shared.exactness import compare, continuation, greedy
+from shared.models import resolve
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
+from shared.reference import Reference, merged
+from tests.families import build, prompts, save
+from tests.tuning import InDouble
+
+PLANS: tuple[dict[str, Any], ...] = (
+    {"name": "whole", "r_c2d": 4, "r_d2c": 4},
+    {"name": "ends", "head_layers": 1, "tail_layers": 1, "lora_rank": 3},
+    {"name": "tail", "tail_layers": 2, "lora_rank": 3},
+    {"name": "head", "head_layers": 2, "lora_rank": 0},
+    {"name": "mixed", "head_layers": 1, "tail_layers": 1, "lora_rank": 2, "layers": [1, 2],
+     "r_c2d": 7, "r_d2c": 5},
+)  # fmt: skip
+
+
+STEP_TOKENS = 7
+
+
+@dataclass(frozen=True)
+class Served:
+    """A cloud of one family, in float64, and the plain model beside it."""
+
+    name: str
+    process: CloudProcess
+    checkpoint: Checkpoint
+    model: Any
+    folder: Path
+
+    def edge(self, plan: str) -> PrivateLoraForCausalLM:
+        """Return an edge with random personal weights."""
+        folders = {"config_dir": self.folder / "pins", "cache_dir": self.folder / "edge"}
+        edge = PrivateLoraForCausalLM.from_cloud(self.process.address, plan=plan, **folders)
+        empty = edge.adapter
+        edge.set_adapter(Adapter.random(empty.plan, empty.fingerprint, seed=0, std=0.4))
+        return edge
+
+    def lowrank(self, plan: Plan) -> lowrank.LowRank:
+        """Return the plan's A and B."""
+        return lowrank.ensure(plan, self.checkpoint, self.folder / "cloud")[0]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    saved = save(name, folder / "model")
+    arguments = [
+        "--threads",
+        "1",
+        "--cache-dir",
+        str(folder / "cloud"),
+        "--max-step-tokens",
+        str(STEP_TOKENS),
+    ]
+    arguments += ["--kv-bytes", str(16 << 20)]
+    for plan in PLANS:
+        arguments += ["--plan", json.dumps(plan)]
+    with CloudProcess(str(saved), dtype="float64", arguments=arguments, log=folder / "log") as process:
+        yield Served(name, process, resolve(str(saved), progress=False), build(name).double(), folder)
+        assert "Traceback" not in process.logs()
+
+
+@pytest.mark.parametrize("plan", ["ends", "tail", "head", "mixed"])
+def test_tokens_are_those_of_the_merged_model(served: Served, plan: str) -> None:
+    with served.edge(plan) as edge:
+        adapter = edge.adapter
+        matrices = served.lowrank(adapter.plan)
+        mine = merged(served.model, adapter.plan, matrices, adapter.matrices, adapter.factors)
+        wanted = [greedy(mine, prompt, 12) for prompt in prompts(2)]
+        verdict = compare(wanted, continuation(edge))
+        assert verdict.exact, str(verdict)
+        assert compare(wanted, continuation(served.model)).exact == (plan == "head")  # which has no weights
+        before = edge.traffic()
+        compare(wanted[:1], continuation(edge))
+        steps = -(-len(wanted[0].prompt) // STEP_TOKENS) + 11  # the last chunk of the prompt gives a token
+        exchanges = len(adapter.plan.exchange_layers)
+        assert (edge.traffic() - before).round_trips == steps * (1 + exchanges)
+        beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        ids = torch.tensor(prompts(1))
+        assert torch.equal(edge.generate(ids, **beams), mine.generate(ids, **beams))
+        drafted = edge.generate(
+            ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, pad_token_id=0
+        )
+        assert drafted[0].tolist() == [*wanted[0].prompt, *wanted[0].tokens][: drafted.shape[1]]
+
+
+def example(ids: list[int]) -> Example:
+    labels = torch.tensor(ids)
+    labels[: len(ids) // 2] = IGNORED
+    return Example(torch.tensor(ids), labels, line=1)
+
+
+class Added(nn.Module):
+    """A product with a LoRA beside it, written down once more for the reference."""
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.down, self.up, self.scale = base, down, up, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * (x @ self.down @ self.up)
+
+
+def reference(served: Served, adapter: Adapter, examples: list[Example]) -> tuple[float, dict[Any, Tensor]]:
+    """Return the mean loss and its gradients from autograd on one process."""
+    plan, model = adapter.plan, build(served.name).double().requires_grad_(False)
+    whole = Reference(model, plan, served.lowrank(plan), {k: m.double() for k, m in adapter.matrices.items()})
+    leaves = {name: factor.double().requires_grad_() for name, factor in adapter.factors.items()}
+    for layer in plan.resident_layers:
+        for projection in plan.lora:
+            parent, _, name = projection.name.rpartition(".")
+            owner = model.model.layers[layer].get_submodule(parent)
+            pair = (leaves[f"layers.{layer}.{projection.name}.{part}"] for part in ("down", "up"))
+            setattr(owner, name, Added(getattr(owner, name), *pair, plan.lora_scale))
+    with InDouble():
+        parts = []
+        for one in examples:
+            logits = model(one.ids[None, :-1], use_cache=False).logits[0]
+            parts.append(
+                nn.functional.cross_entropy(logits, one.labels[1:], ignore_index=IGNORED, reduction="sum")
+            )
+        loss = sum(parts) / sum(one.targets for one in examples)
+        loss.backward()
+    whole.remove()
+    gradients = {int(layer): m.grad for layer, m in whole.matrices.items()}
+    return float(loss.detach()), joined(gradients, {name: leaf.grad for name, leaf in leaves.items()})
+
+
+@pytest.mark.parametrize("plan", ["ends", "tail", "mixed"])
+def test_gradients_are_those_of_one_process(served: Served, plan: str) -> None:
+    with served.edge(plan) as edge:
+        adapter, connection, offer = edge.adapter, edge.connection, edge.offer
+        examples = [example(ids) for ids in prompts(3)]
+        loss, expected = reference(served, adapter, examples)
+        message = fingerprint_message(offer.plans[plan][1])
+        learner = Learner(
+            Head(edge.norm, edge.lm_head, edge.softcap),
+            embedding(edge.embed_tokens, edge.device),
+            lambda: connection.open_tuning(adapter.plan, message, pb.DTYPE_FLOAT64),
+            resident=edge.resident,
+        )
+        learner.micro_batch_tokens = 45  # two micro-batches
+        weights = joined(adapter.matrices, adapter.factors)
+        weights = {key: tensor.double() for key, tensor in weights.items()}
+        with InDouble():
+            measured = learner.gradients(examples, weights)
+            assert learner.loss(examples, weights) == pytest.approx(loss, rel=1e-12)
+        learner.close()
+        assert measured.loss == pytest.approx(loss, rel=1e-12)
+        assert measured.gradients.keys() == expected.keys()
+        for key, gradient in expected.items():
+            difference = (measured.gradients[key] - gradient).norm()
+            assert difference <= 1e-9 * gradient.norm(), key
+
+
+def test_an_edge_fetches_the_layers_of_its_plan_and_no_others(served: Served) -> None:
+    with served.edge("tail") as edge:
+        folder = served.folder / "edge" / "edge" / edge.adapter.fingerprint.edge.hex()
+        assert sorted(path.name for path in folder.glob("layer-*")) == [
+            "layer-2.safetensors",
+            "layer-3.safetensors",
+        ]
+    damaged = folder / "layer-2.safetensors"
+    raw = bytearray(damaged.read_bytes())
+    raw[-1] ^= 1
+    damaged.write_bytes(raw)
+    with served.edge("tail") as again:  # fetched once more
+        assert again.resident is not None and damaged.read_bytes() != bytes(raw)
