@@ -150,7 +150,9 @@ class Experiment:
                 raise SystemExit(f"the loss is not finite after {progress.step} steps: lower --lr")
             raise OutOfTimeError
         matrices = dict(zip(self.plan.adapted_layers, learner.parameters, strict=True))
-        print_ = fingerprint.for_model(self.plan, self.checkpoint, file, edge_parts.build(self.checkpoint))
+        print_ = fingerprint.for_model(
+            self.plan, self.checkpoint, file, edge_parts.build(self.checkpoint, plans=[(self.plan, file)])
+        )
         adapter = Adapter(
             self.plan, print_, {layer: m.detach().cpu() for layer, m in matrices.items()}, "integrity",
             training=summary(t, progress),

@@ -99,12 +99,16 @@ def build_service(config: CloudConfig, *, progress: bool = True) -> Service:
         if plan.name in made:
             raise ValueError(f"two plans are named {plan.name!r}; give each its own name")
         made[plan.name] = plan
-    resident = sorted({layer for plan in made.values() for layer in plan.resident_layers})
-    parts = edge_parts.build(checkpoint, config.cache_dir, layers=resident, progress=progress)
+    factors = {
+        plan.name: lowrank.ensure(plan, checkpoint, config.cache_dir, progress=progress)
+        for plan in made.values()
+    }
+    served = [(plan, factors[plan.name][1]) for plan in made.values()]
+    parts = edge_parts.build(checkpoint, config.cache_dir, plans=served, progress=progress)
     offers: dict[bytes, Offer] = {}
     plans = {}
     for plan in made.values():
-        matrices, path = lowrank.ensure(plan, checkpoint, config.cache_dir, progress=progress)
+        matrices, path = factors[plan.name]
         print_of = fingerprint.for_model(plan, checkpoint, path, parts, config.cache_dir)
         plans[plan.name] = (plan, matrices)
         offers[print_of.plan] = Offer(plan, print_of)

@@ -6,6 +6,7 @@ import torch
 
 from edge_client import parts, trust
 from edge_client.connection import Connection, Timeouts
+from edge_client.first_codes import FirstCodes
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import CloudOffer, OfferError, fingerprint_message
 from edge_client.personal import PersonalWeights
@@ -16,6 +17,7 @@ from edge_client.shell import build_shell
 from edge_client.tokenizer import load_tokenizer
 from shared import wire
 from shared.adapter import Adapter
+from shared.edge_parts import codes_file
 
 
 def open_model(
@@ -84,6 +86,10 @@ def open_model(
         if chosen.plan.resident_layers:
             resident = Resident.read(config, chosen.plan, folder, device, precision)
 
+        first = None
+        if chosen.plan.first_codes_on_edge and (folder / codes_file(chosen.plan)).is_file():
+            first = FirstCodes.read(config, chosen.plan, folder)
+
         def open_session(personal: PersonalWeights) -> SessionLike:
             message = fingerprint_message(offer.plans[personal.plan.name][1])
             session = connection.open_session(personal, message, on_wire, offer.raw_limits)
@@ -91,7 +97,7 @@ def open_model(
                 return session
             return ResidentSession(session, resident.with_factors(personal.factors))
 
-        model = PrivateLoraForCausalLM(config, shell, offer.limits, chosen, open_session)
+        model = PrivateLoraForCausalLM(config, shell, offer.limits, chosen, open_session, first)
         model.generation_config = parts.read_generation_config(folder, config)
         model.tokenizer = load_tokenizer(folder, sizes.vocab_size, offer.limits.max_context_tokens)
         model.offer, model.connection, model.resident = offer, connection, resident

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from edge_client.cloud_cache import CloudCache, ContextLengthError
 from edge_client.connection import Connection
+from edge_client.first_codes import FirstCodes
 from edge_client.offer import CloudOffer, Limits
 from edge_client.padding import assemble, check_positions, new_columns, pick
 from edge_client.personal import PersonalWeights
@@ -50,6 +51,8 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         The personal weights.
     open_session
         Opens a session for given personal weights.
+    first_codes
+        Makes the codes of the cloud's first layer here; None leaves them to the cloud.
     """
 
     main_input_name = "input_ids"
@@ -63,6 +66,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         limits: Limits,
         adapter: Adapter,
         open_session: OpenSession,
+        first_codes: FirstCodes | None = None,
     ) -> None:
         super().__init__(config)
         self.embed_tokens, self.norm, self.lm_head = shell.embed_tokens, shell.norm, shell.lm_head
@@ -75,7 +79,8 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         self.resident: Resident | None = None  # layers that run here
         self.wire_bytes = 4  # of an element on the wire
         self._thread = threading.local()
-        personal = PersonalWeights(adapter)
+        self._first_codes = first_codes
+        personal = PersonalWeights(adapter, first_codes)
         self._adapter = adapter
         self._pool = SessionPool(lambda: open_session(personal))
         self.requires_grad_(False)
@@ -230,7 +235,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             chosen = adapter
         else:
             raise ValueError("this model was not made by from_cloud: give an Adapter")
-        personal, open_session = PersonalWeights(chosen), self._open_session
+        personal, open_session = PersonalWeights(chosen, self._first_codes), self._open_session
         self._adapter = chosen
         self._pool.renew(lambda: open_session(personal))
 

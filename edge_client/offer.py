@@ -11,7 +11,7 @@ import torch
 
 from shared import PROTOCOL_VERSION, wire
 from shared.adapter import Adapter, AdapterError
-from shared.edge_parts import EdgePart, EdgePartsError, check_manifest, parts_of
+from shared.edge_parts import EdgePart, EdgePartsError, check_manifest, digested_parts
 from shared.fingerprint import Fingerprint, FingerprintError, edge_digest, plan_digest
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan, PlanError
@@ -143,7 +143,7 @@ def _plan(
     target: str, offer: pb.PlanOffer, manifest: tuple[EdgePart, ...]
 ) -> tuple[str, tuple[Plan, Fingerprint]]:
     plan = Plan.parse(offer.plan_json)
-    edge = edge_digest(parts_of(plan, manifest))
+    edge = edge_digest(digested_parts(plan, manifest))
     stated = offer.fingerprint
     fingerprint = Fingerprint(stated.plan, stated.lowrank, stated.layers, stated.edge)
     for name, claimed, computed in (

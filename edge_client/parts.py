@@ -292,7 +292,17 @@ def read_layer(folder: Path, layer: int, shapes: Mapping[str, tuple[int, ...]]) 
     EdgePartsError
         If a name, shape or dtype is not the expected one, or a value is not finite.
     """
-    path = folder / layer_file(layer)
+    return read_exact(folder / layer_file(layer), shapes)
+
+
+def read_exact(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read a file that holds exactly these tensors, floating point and finite.
+
+    Raises
+    ------
+    EdgePartsError
+        If it does not.
+    """
     try:
         header = read_header(path, max_header_bytes=1 << 16)
     except TensorFileError as error:

@@ -7,24 +7,29 @@ through numpy: behind a cold cache, as on a core shared with the cloud, torch's 
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from edge_client.first_codes import FirstCodes
 from shared.adapter import Adapter
 from shared.plan import Plan
 from shared.wire import Array
 
 
 class PersonalWeights:
-    """The matrices M of one adapter, ready for use in fp32 on the CPU.
+    """The personal weights of one adapter: M, ready for use in fp32 on the CPU, and LoRA factors.
 
     Parameters
     ----------
     adapter
         Holds ``layers.{l}.M`` as ``(groups, r_c2d, r_d2c)`` for every adapted layer. An adapter of
         zeros is exchanged like any other: the cloud cannot tell from the traffic's shape.
+    first
+        Makes the codes of the cloud's first layer here; None leaves them to the cloud.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, first: FirstCodes | None = None) -> None:
         self.plan: Plan = adapter.plan
+        self.first = first
         self._matrices = {
             layer: matrix.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous().numpy()
             for layer, matrix in adapter.matrices.items()
@@ -33,6 +38,24 @@ class PersonalWeights:
         missing = set(self.plan.adapted_layers) - self._matrices.keys()
         if missing:
             raise ValueError(f"the adapter has no M for layers {sorted(missing)} of plan {self.plan.name!r}")
+
+    def upfront(self, hidden: Tensor) -> dict[int, Array]:
+        """Return the residual codes that go up with the hidden states of a step.
+
+        Parameters
+        ----------
+        hidden
+            Input of the cloud's first layer, ``(tokens, hidden_size)``.
+
+        Returns
+        -------
+        dict
+            Layer to ``(tokens, groups * r_d2c)``, for each layer that the first exchange feeds.
+        """
+        if self.first is None:
+            return {}
+        codes = self.first.codes(hidden)
+        return {layer: self.residual_codes(layer, codes) for layer in self.plan.fed_by(self.first.layer)}
 
     def residual_codes(self, layer: int, codes: Array) -> Array:
         """Return z = cM for adapted layer ``layer``, group by group.

@@ -68,7 +68,10 @@ class Session:
         self._call, self._loop, self._on_close = call, loop, on_close
         self._step_timeout_s = step_timeout_s
         # hL of a whole chunk may be asked for, and has to fit a message too
-        fits = MAX_TENSOR_BYTES // (self.plan.hidden_size * wire.TORCH_DTYPES[wire_dtype].itemsize)
+        row = self.plan.hidden_size
+        if personal.first is not None:  # residual codes go up with the hidden states
+            row += len(self.plan.fed_by(personal.first.layer)) * self.plan.residual_width
+        fits = MAX_TENSOR_BYTES // (row * wire.TORCH_DTYPES[wire_dtype].itemsize)
         self._chunk_tokens = max(1, min(chunk_tokens, limits.max_step_tokens, fits))
         self._max_in_flight = max(1, limits.max_steps_in_flight)
         self._number = 0
@@ -148,6 +151,10 @@ class Session:
             message.parents.extend(parents or ())
             message.spans.extend(pb.Span(row=s.row, start=s.start, count=s.count, keep=s.keep) for s in piece)
             wire.fill(message.hidden, hidden[at : at + tokens], self.wire_dtype)
+            for layer, codes in self.personal.upfront(hidden[at : at + tokens]).items():
+                answer = message.residual_codes.add()
+                answer.layer = layer
+                wire.fill_array(answer.codes, codes, self.wire_dtype)
             raw = request.SerializeToString()
             job.chunks.append((raw, self._number, tokens, keep))
             parents, at = None, at + tokens
@@ -181,7 +188,8 @@ class Session:
             raw, number, tokens, keep = job.chunks.popleft()
             if not job.chunks:
                 self._jobs.popleft()
-            self._flights[number] = Flight(job, tokens, keep)
+            first = -1 if self.personal.first is None else self.personal.first.layer
+            self._flights[number] = Flight(job, tokens, keep, layer=first)
             self._outbox.append(raw)
             self._filled.set()
 

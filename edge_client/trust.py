@@ -13,7 +13,8 @@ import platformdirs
 
 from edge_client.offer import CloudOffer
 from shared.cache import locked, replacing
-from shared.fingerprint import Fingerprint
+from shared.edge_parts import common_parts
+from shared.fingerprint import Fingerprint, edge_digest
 from shared.plan import Plan
 
 ENVIRONMENT_VARIABLE = "PRIVATELORA_CONFIG_DIR"
@@ -71,10 +72,12 @@ def check_known(
     with locked(path):
         known = _read(path)
         pin = known.get(offer.target, {})
-        # Both depend on which layers are on which side, so each division is pinned by itself.
+        # What all plans share is pinned by itself: another plan of another model must not pass as new.
         division = f" {plan.head_layers}+{plan.tail_layers}" if plan.resident_layers else ""
-        stated = {"edge": fingerprint.edge.hex(), "layers": fingerprint.layers.hex()}
-        stated = {key + division: digest for key, digest in stated.items()}
+        stated = {
+            "edge": edge_digest(common_parts(offer.parts)).hex(),
+            f"layers{division}": fingerprint.layers.hex(),
+        }
         changed = [WORDS[key.split()[0]] for key in stated if pin.get(key, stated[key]) != stated[key]]
         plans = dict(pin.get("plans", {}))
         if plans.get(plan.name, root) != root and not changed:
@@ -95,7 +98,7 @@ def check_known(
     return not pin
 
 
-WORDS = {"edge": "embeddings, head, tokenizer or layers of this side", "layers": "the decoder layers"}
+WORDS = {"edge": "embeddings, head or tokenizer", "layers": "the decoder layers"}
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 `build` writes them from a checkpoint: `edge.safetensors` (embeddings, final norm, and the head where
 it is not tied, in their stored dtype) beside the allowlisted config and tokenizer files, and a
-`layer-N.safetensors` for each decoder layer that some plan keeps on the edge. The same checkpoint always
-gives the same bytes, and a plan's edge fetches and digests the parts of that plan alone. `check_manifest`
+`layer-N.safetensors` for each decoder layer that some plan keeps on the edge, and a `codes-PLAN.safetensors`
+for each plan whose first codes the edge makes itself. The same checkpoint always gives the same bytes, and a
+plan's edge fetches and digests the parts of that plan alone. `check_manifest`
 is the other side's first look at a manifest from a cloud it does not trust.
 """
 
@@ -27,6 +28,8 @@ MAX_TENSORS_BYTES = 32 * 1024**3
 MAX_LAYER_BYTES = 16 * 1024**3  # a layer of the largest public dense model (405B), float32: 13 GB
 LAYOUT_VERSION = 1
 LAYER_NAME = re.compile(r"layer-(0|[1-9][0-9]{0,3})\.safetensors")
+CODES_NAME = re.compile(r"codes-[a-z0-9][a-z0-9._-]{0,63}\.safetensors")
+CODES_NORM, CODES_A = "norm.weight", "A"  # what such a file holds
 
 
 class EdgePartsError(ValueError):
@@ -48,8 +51,27 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer}.safetensors"
 
 
+def codes_file(plan: Plan) -> str:
+    """Return the name of the part that an edge makes the first codes of ``plan`` with."""
+    return f"codes-{plan.name}.safetensors"
+
+
+def common_parts(manifest: Sequence[EdgePart]) -> list[EdgePart]:
+    """Return the parts that every plan needs."""
+    return [part for part in manifest if not _is_of_some_plans(part.name)]
+
+
+def digested_parts(plan: Plan, manifest: Sequence[EdgePart]) -> list[EdgePart]:
+    """Return the parts that the fingerprint's edge branch of ``plan`` covers.
+
+    That is `parts_of` without the file of the first codes. What it holds belongs to the branches of A/B and
+    backbone, and a cloud that alters it gains nothing: it could as well have sent such codes itself.
+    """
+    return [part for part in parts_of(plan, manifest) if part.name != codes_file(plan)]
+
+
 def parts_of(plan: Plan, manifest: Sequence[EdgePart]) -> list[EdgePart]:
-    """Return the parts that an edge needs under ``plan``, in the manifest's order.
+    """Return the parts that an edge uses under ``plan``, in the manifest's order.
 
     Raises
     ------
@@ -59,12 +81,18 @@ def parts_of(plan: Plan, manifest: Sequence[EdgePart]) -> list[EdgePart]:
     wanted = {layer_file(layer) for layer in plan.resident_layers}
     if lacking := sorted(wanted - {part.name for part in manifest}):
         raise EdgePartsError(f"edge part {lacking[0]} is missing, which plan {plan.name!r} needs")
-    return [part for part in manifest if part.name in wanted or not LAYER_NAME.fullmatch(part.name)]
+    wanted.add(codes_file(plan))
+    return [part for part in manifest if part.name in wanted or not _is_of_some_plans(part.name)]
+
+
+def _is_of_some_plans(name: str) -> bool:
+    """Whether a part is there for certain plans only."""
+    return LAYER_NAME.fullmatch(name) is not None or CODES_NAME.fullmatch(name) is not None
 
 
 def size_limit(name: str) -> int:
     """Return the most bytes that the part ``name`` may have."""
-    if LAYER_NAME.fullmatch(name):
+    if _is_of_some_plans(name):
         return MAX_LAYER_BYTES
     if name == TENSORS_FILE:
         return MAX_TENSORS_BYTES
@@ -83,9 +111,9 @@ def check_manifest(manifest: Sequence[EdgePart]) -> None:
     """
     names = [part.name for part in manifest]
     known = (TENSORS_FILE, *EDGE_FILES)
-    if unknown := [name for name in names if name not in known and not LAYER_NAME.fullmatch(name)]:
+    if unknown := [name for name in names if name not in known and not _is_of_some_plans(name)]:
         raise EdgePartsError(
-            f"unknown edge part {unknown[0][:80]!r}; known: {', '.join(known)}, layer-N.safetensors"
+            f"unknown edge part {unknown[0][:80]!r}; known: {', '.join(known)}, layer-N and codes-PLAN files"
         )
     if len(set(names)) != len(names):
         raise EdgePartsError("an edge part is named twice")
@@ -127,13 +155,13 @@ def build(
     checkpoint: Checkpoint,
     cache_dir: Path | None = None,
     *,
-    layers: Iterable[int] = (),
+    plans: Iterable[tuple[Plan, Path]] = (),
     progress: bool = False,
 ) -> list[EdgePart]:
     """Write the edge parts of ``checkpoint`` into the cache, once, and return their manifest.
 
-    The config and tokenizer files are copied too, so that what was digested is what is served. ``layers``
-    are the decoder layers that some plan keeps on the edge.
+    The config and tokenizer files are copied too, so that what was digested is what is served. ``plans``
+    are those that are served, each with its A/B file.
 
     Raises
     ------
@@ -160,10 +188,20 @@ def build(
 
     folder = _written(checkpoint, TENSORS_FILE, tensors, digests, fill, cache_dir, progress)
     paths = [folder / name for name in (*EDGE_FILES, TENSORS_FILE) if (folder / name).is_file()]
-    for layer in layers:
+    served = list(plans)
+    for layer in sorted({layer for plan, _ in served for layer in plan.resident_layers}):
         own = {local: checkpoint.tensors[name] for local, name in checkpoint.layer_tensors(layer).items()}
         name = layer_file(layer)
         paths.append(_written(checkpoint, name, own, {}, lambda _: None, cache_dir, progress) / name)
+    for plan, lowrank in served:
+        if plan.first_codes_on_edge:
+            first, name = plan.exchange_layers[0], codes_file(plan)
+            norm = checkpoint.layer_tensors(first)["input_layernorm.weight"]
+            own = {
+                CODES_NORM: checkpoint.tensors[norm],
+                CODES_A: read_header(lowrank).tensors[f"layers.{first}.A"],
+            }
+            paths.append(_written(checkpoint, name, own, {}, lambda _: None, cache_dir, progress) / name)
     manifest = [EdgePart(p.name, p, p.stat().st_size, file_sha256(p, cache_dir)) for p in paths]
     check_manifest(manifest)
     return manifest

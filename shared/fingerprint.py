@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.checkpoint import Checkpoint
-from shared.edge_parts import EdgePart, parts_of
+from shared.edge_parts import EdgePart, digested_parts
 from shared.merkle import merkle_root, tagged_hash, tensor_digest, tensor_digests
 from shared.plan import Plan
 from shared.tensor_file import read_header
@@ -125,5 +125,5 @@ def for_model(
         plan=plan_digest(plan),
         lowrank=lowrank_digest(lowrank, cache_dir),
         layers=layers_digest(plan, checkpoint, cache_dir),
-        edge=edge_digest(parts_of(plan, manifest)),
+        edge=edge_digest(digested_parts(plan, manifest)),
     )

@@ -131,6 +131,16 @@ class Plan(BaseModel):
         return (*range(self.head_layers), *range(first_of_tail, self.num_layers))
 
     @property
+    def first_codes_on_edge(self) -> bool:
+        """Whether the first exchange needs no round trip: the edge knows that layer's input."""
+        return self.exchange_layers[:1] == (self.cloud_layers.start,)
+
+    @property
+    def round_trips(self) -> int:
+        """Round trips of one step, where the edge makes the first codes if it can."""
+        return 1 + len(self.exchange_layers) - self.first_codes_on_edge
+
+    @property
     def returns_gradient(self) -> bool:
         """Whether tuning needs dL/dx at the cloud's first layer: layers below it learn, on the edge."""
         return bool(self.lora and self.head_layers)

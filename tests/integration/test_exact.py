@@ -18,6 +18,7 @@ from transformers import (
 from benchmarks.processes import CloudProcess
 from benchmarks.prompts import PROMPTS
 from edge_client.model import PrivateLoraForCausalLM
+from edge_client.wire_cost import wire_cost
 from shared import lowrank
 from shared.adapter import Adapter
 from shared.exactness import Greedy, compare, continuation, greedy
@@ -122,6 +123,18 @@ def test_prompt_lookup_gives_the_same_tokens_in_fewer_steps(both: Both) -> None:
         assert verdict.exact, str(verdict)
         trips.append((both.edge.traffic() - before).round_trips)
     assert trips[1] < trips[0]
+
+
+def test_a_token_costs_what_the_readmes_formula_says(both: Both) -> None:
+    spent = []
+    for tokens in (4, 4, 24):  # the first time the prompt is sent, then the cloud holds it
+        before = both.edge.traffic()
+        both.edge.generate(both.ids(), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        spent.append(both.edge.traffic() - before)
+    more, cost = spent[2] - spent[1], wire_cost(both.edge.adapter.plan, both.edge.wire_bytes)
+    assert more.round_trips == 20 * cost.round_trips
+    assert more.bytes_up == pytest.approx(20 * cost.up, rel=0.03)
+    assert more.bytes_down == pytest.approx(20 * cost.down, rel=0.03)
 
 
 def test_a_streamer_streams_what_generate_returns(both: Both, expected: list[Greedy]) -> None:

@@ -25,7 +25,7 @@ def fingerprint(folder, cache_dir, plan=None):
     plan = plan or tiny.plan()
     checkpoint = open_folder(folder, "tiny")
     _, path = ensure(plan, checkpoint, cache_dir)
-    return for_model(plan, checkpoint, path, build(checkpoint, cache_dir), cache_dir)
+    return for_model(plan, checkpoint, path, build(checkpoint, cache_dir, plans=[(plan, path)]), cache_dir)
 
 
 @pytest.fixture
