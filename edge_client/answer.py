@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from edge_client.cloud_cache import ContextLengthError
-from edge_client.config import EdgeConfig
+from edge_client.config import EdgeConfig, SettingsError
+from edge_client.datastore import Datastore
+from edge_client.drafting import Drafter
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.plain import printable
 from edge_client.report import Figures, Meter
@@ -71,8 +73,12 @@ def answer(
     prompt: list[int],
     config: EdgeConfig,
     write: Callable[[str], object] = lambda text: None,
+    drafter: Drafter | None = None,
 ) -> Answer:
     """Generate an answer to a tokenized prompt, writing its text as it comes.
+
+    ``drafter`` is what `make_drafter` returned for the same model and settings, if it is to learn from
+    several answers; None makes one.
 
     Raises
     ------
@@ -84,7 +90,8 @@ def answer(
     room = limit - len(prompt) + 1
     if room < 2:
         raise ContextLengthError(len(prompt) + 1, limit)
-    meter = Meter(model)
+    drafter = drafter or make_drafter(model, config)
+    meter = Meter(model, drafter)
     stream = TextStream(model.tokenizer, write, meter)
     if config.seed is not None:
         torch.manual_seed(config.seed)
@@ -95,6 +102,7 @@ def answer(
             torch.tensor([prompt], device=model.device),
             streamer=stream,
             max_new_tokens=min(config.max_new_tokens, room),
+            drafter=drafter,
             **sampling(model, config),
         )
     except KeyboardInterrupt:
@@ -121,12 +129,33 @@ def sampling(model: PrivateLoraForCausalLM, config: EdgeConfig) -> dict[str, Any
             options["temperature"] = config.temperature
         if config.top_p is not None:
             options["top_p"] = config.top_p
-    if config.draft_tokens:
-        options["prompt_lookup_num_tokens"] = config.draft_tokens
     if model.generation_config.pad_token_id is None:
         ends = _ends(model)
         options["pad_token_id"] = ends[0] if ends else 0
     return options
+
+
+def make_drafter(model: PrivateLoraForCausalLM, config: EdgeConfig) -> Drafter | None:
+    """Return what guesses tokens ahead, None where the settings or the model's own beams leave no use for it.
+
+    Raises
+    ------
+    SettingsError
+        If texts to guess from are given and guessing is off.
+    edge_client.datastore.DatastoreError
+        If these texts cannot be read.
+    """
+    if not config.draft_tokens:
+        if config.draft_from:
+            raise SettingsError(
+                "draft_tokens = 0 leaves nothing to draft_from: give one of the two"
+            )
+        return None
+    asked = {"draft_tokens", "draft_from"} & config.model_fields_set
+    if not asked and (model.generation_config.num_beams or 1) > 1:
+        return None
+    documents = Datastore.read(config.draft_from, model.tokenizer) if config.draft_from else None
+    return Drafter(config.draft_tokens, documents)
 
 
 def _ends(model: PrivateLoraForCausalLM) -> list[int]:

@@ -6,7 +6,7 @@ A turn's prompt begins like the one before it, so the cloud computes only what i
 from collections.abc import Callable
 
 from edge_client.adapters import resolve_adapter
-from edge_client.answer import Answer, answer
+from edge_client.answer import Answer, answer, make_drafter
 from edge_client.cloud_cache import ContextLengthError
 from edge_client.config import EdgeConfig
 from edge_client.model import PrivateLoraForCausalLM
@@ -47,6 +47,7 @@ class Chat:
     ) -> None:
         self.model, self.config = model, config
         self._write, self._say, self._ask = write, say, ask
+        self._drafter = make_drafter(model, config)
         self.messages: list[dict[str, str]] = []
         self.reset()
 
@@ -76,7 +77,7 @@ class Chat:
         try:
             while True:
                 try:
-                    reply = answer(self.model, self.prompt(), self.config, self._write)
+                    reply = answer(self.model, self.prompt(), self.config, self._write, self._drafter)
                     break
                 except ContextLengthError as full:
                     if self.turns < 2:

@@ -25,6 +25,7 @@ from edge_client.flags import (
     ConfigFile,
     Debug,
     Device,
+    DraftFrom,
     DraftTokens,
     Dtype,
     FingerprintHex,
@@ -90,6 +91,7 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     draft_tokens: DraftTokens = None,
+    draft_from: DraftFrom = None,
     system: System = None,
     raw: Annotated[
         bool,
@@ -135,6 +137,7 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
     draft_tokens: DraftTokens = None,
+    draft_from: DraftFrom = None,
     system: System = None,
     wire_dtype: WireDtype = None,
     dtype: Dtype = None,

@@ -63,10 +63,14 @@ class EdgeConfig(BaseSettings):
         default=None, ge=0, lt=1 << 63, description="Seed of the sampling (no unit); random if absent"
     )
     draft_tokens: int = Field(
-        default=0,
+        default=8,
         ge=0,
         le=64,
-        description="Tokens guessed from the prompt and checked in one round trip (count)",
+        description="Most tokens guessed ahead and checked in one step (count); 0 guesses none",
+    )
+    draft_from: tuple[Path, ...] = Field(
+        default=(),
+        description="Your own texts (files) to guess from; what is guessed crosses the wire like a prompt",
     )
     system: str | None = Field(default=None, description="System message that chats begin with")
     connect_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for the cloud (seconds)")

@@ -67,7 +67,17 @@ DraftTokens = Annotated[
     typer.Option(
         "--draft-tokens",
         metavar="N",
-        help="Guess up to N tokens ahead from the prompt, and check them in one step; 0 by default.",
+        help="Guess up to N tokens ahead where that saves time, and check them in one step; 8 by default, 0: "
+        "never.",
+    ),
+]
+DraftFrom = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--draft-from",
+        metavar="FILE",
+        help="A text of yours to guess from; may be given several times. It stays here, but what is guessed "
+        "crosses the wire as a prompt does.",
     ),
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message to begin with.")]

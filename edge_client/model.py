@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from edge_client.cloud_cache import CloudCache, ContextLengthError
 from edge_client.connection import Connection
+from edge_client.drafting import Draft
 from edge_client.first_codes import FirstCodes
 from edge_client.offer import CloudOffer, Limits
 from edge_client.padding import assemble, check_positions, new_columns, pick
@@ -262,7 +263,13 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
     # --- hooks of transformers' generate --------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as any Hugging Face model does; see `GenerationMixin.generate`."""
+        """Generate as any Hugging Face model does; see `GenerationMixin.generate`.
+
+        ``drafter``, a `edge_client.drafting.Drafter`, guesses tokens that are then checked in one step.
+        """
+        if (drafter := kwargs.pop("drafter", None)) is not None:
+            kwargs |= drafter.options(kwargs.get("generation_config") or self.generation_config, kwargs)
+        self._thread.drafter = drafter
         given = kwargs.get("past_key_values")
         if isinstance(given, CloudCache) and given.is_stale:
             given.detach()  # made under another adapter: run its tokens again under this one
@@ -275,7 +282,18 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
                 cache.detach()
             raise
         finally:
-            self._thread.cache = None
+            self._thread.cache = self._thread.drafter = None
+
+    def _assisted_decoding(self, *args: Any, inputs_tensor: Any = None, **kwargs: Any) -> Any:
+        kwargs["inputs_tensor"] = inputs_tensor  # a parameter: transformers gives it to those that name it
+        decode, drafter = super()._assisted_decoding, getattr(self._thread, "drafter", None)  # type: ignore[misc]
+        if drafter is None:
+            return decode(*args, **kwargs)
+        return drafter.decode(decode, self.limits, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("assistant_model")
+        return given if isinstance(given, Draft) else super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
