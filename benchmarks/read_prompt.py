@@ -68,6 +68,7 @@ def main() -> None:
                 said = edge_json(
                     *("generate", "--cloud", relay.address, "--prompt", prompt),
                     *("--max-new-tokens", str(options.max_new_tokens)),
+                    *("--draft-tokens", "0"),  # so that what is read is the answer, without rejected guesses
                 )
             read = read_inputs(relay.recording, table).tolist()
             truth = tokenizer.apply_chat_template(

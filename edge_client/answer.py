@@ -147,9 +147,7 @@ def make_drafter(model: PrivateLoraForCausalLM, config: EdgeConfig) -> Drafter |
     """
     if not config.draft_tokens:
         if config.draft_from:
-            raise SettingsError(
-                "draft_tokens = 0 leaves nothing to draft_from: give one of the two"
-            )
+            raise SettingsError("draft_tokens = 0 leaves nothing to draft_from: give one of the two")
         return None
     asked = {"draft_tokens", "draft_from"} & config.model_fields_set
     if not asked and (model.generation_config.num_beams or 1) > 1:

@@ -16,11 +16,13 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-KEPT_TIMES = 16  # of each width; the median forgets stalls, the window forgets another network
+# Steps; medians over them forget stalls, and their end forgets another network.
+KEPT_PLAIN, KEPT_LONGER = 32, 64
 # Before anything longer than one position was measured, and as weak evidence afterwards: two cores in
 # fp32, where five positions take about twice as long as one. Nothing that serves is dearer than that.
 PRIOR_SLOPE = 0.25  # of a step with one position, for each further position
-TRUST = 2.0  # measurements at which a width's own median weighs as much as the line through all widths
+PRIOR_POSITIONS = 4  # that this counts for
+TRUST = 16.0  # steps of one length at which their own median weighs as much as the line through all
 
 FADE = 0.95  # what evidence about acceptance keeps with each further draft of its kind
 IDLE_FADE = 0.98  # and with each time that a draft was at hand but not worth its cost, so that it is retried
@@ -37,31 +39,46 @@ class StepTimes:
     """Running estimates of what a step with a given number of positions takes (seconds)."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, deque[float]] = {}
+        self._plain: deque[float] = deque(maxlen=KEPT_PLAIN)
+        self._longer: deque[tuple[int, float]] = deque(maxlen=KEPT_LONGER)
 
     def note(self, positions: int, seconds: float) -> None:
         """Take one measurement."""
-        self._seen.setdefault(positions, deque(maxlen=KEPT_TIMES)).append(seconds)
+        if positions == 1:
+            self._plain.append(seconds)
+        else:
+            self._longer.append((positions, seconds))
 
     def estimate(self, limit: int) -> list[float] | None:
-        """Return T(0) to T(limit) in seconds, never falling; None before a step with one position."""
-        if 1 not in self._seen:
+        """Return T(0) to T(limit) in seconds; None before a step with one position.
+
+        A line whose slope is the median over all steps (each weighing as many times as it has further
+        positions: a stall or two move it little), blended with the median of the length itself.
+        """
+        if not self._plain:
             return None
-        medians = {positions: statistics.median(times) for positions, times in self._seen.items()}
-        base = medians[1]
-        above, square = PRIOR_SLOPE * base, 1.0
-        for positions, median in medians.items():
-            weight = len(self._seen[positions]) * (positions - 1)
-            above += weight * (median - base)
-            square += weight * (positions - 1)
-        slope = max(0.0, above / square)
-        times, longest = [], base
-        for drafted in range(limit + 1):
-            line, count = base + slope * drafted, len(self._seen.get(drafted + 1, ()))
-            own = medians.get(drafted + 1, line)
-            longest = max(longest, (count * own + TRUST * line) / (count + TRUST))
-            times.append(longest if drafted else base)
+        base = statistics.median(self._plain)
+        own: dict[int, list[float]] = {}
+        slopes = [(PRIOR_SLOPE * base, PRIOR_POSITIONS)]
+        for positions, seconds in self._longer:
+            own.setdefault(positions - 1, []).append(seconds)
+            slopes.append(((seconds - base) / (positions - 1), positions - 1))
+        slope = max(0.0, _weighted_median(slopes))
+        times = [base]
+        for drafted in range(1, limit + 1):
+            line, seen = base + slope * drafted, own.get(drafted, [])
+            middle = statistics.median(seen) if seen else line
+            times.append(max(base, (len(seen) * middle + TRUST * line) / (len(seen) + TRUST)))
         return times
+
+
+def _weighted_median(values: list[tuple[float, int]]) -> float:
+    half, passed = sum(weight for _, weight in values) / 2, 0
+    for value, weight in sorted(values):
+        passed += weight
+        if passed >= half:
+            return value
+    raise ValueError("no values")
 
 
 @dataclass

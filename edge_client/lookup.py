@@ -1,8 +1,8 @@
 """Where a context has occurred before, and what followed: the raw material of drafts.
 
 Contract: `longest_match` finds the longest suffix of a context that ends at one of the given places;
-`repeat` and `vote` turn such places into the tokens that came after them. Token ids are never
-negative; -1 in a text separates pieces, matches nothing and ends a continuation.
+`vote` turns such places into the tokens that came after them. Token ids are never negative; -1 in a
+text separates pieces, matches nothing and ends a continuation.
 """
 
 from dataclasses import dataclass
@@ -55,12 +55,6 @@ def longest_match(text: Tokens, ends: Places, context: Tokens, length: int = 1) 
     return length, ends
 
 
-def repeat(text: Tokens, end: int, limit: int) -> Tokens:
-    """Return ``limit`` tokens that follow a place in a text, going on as a loop where the text ends."""
-    period = len(text) - end - 1  # at least 1: a match never is the end itself
-    return text[end + 1 + np.arange(limit) % period]
-
-
 def vote(text: Tokens, ends: Places, limit: int) -> Tokens:
     """Return up to ``limit`` tokens that follow most often after some places, at a tie the latest ones."""
     if len(ends) > MAX_VOTES:
@@ -84,9 +78,10 @@ def vote(text: Tokens, ends: Places, limit: int) -> Tokens:
 
 
 def in_session(tokens: Tokens, limit: int) -> Match | None:
-    """Look up the end of a session's own tokens in what came before; the latest of the longest wins."""
+    """Look up the end of a session's own tokens in what came before: ``limit`` tokens that may follow."""
     ends = np.flatnonzero(tokens[:-1] == tokens[-1])
     if not ends.size or limit < 1:
         return None
     length, ends = longest_match(tokens, ends, tokens)
-    return Match("session", length, repeat(tokens, int(ends[-1]), limit))
+    # A vote that ends early has read the session to its end: what follows then is what it found, as a loop.
+    return Match("session", length, np.resize(vote(tokens, ends, limit), limit))

@@ -86,9 +86,19 @@ def test_a_stall_does_not_move_the_estimate():
     assert times.estimate(0) == [0.1]
 
 
+def test_a_stall_in_a_longer_step_does_not_end_drafting():
+    times = StepTimes()
+    for seconds in [0.1] * 10:
+        times.note(1, seconds)
+    for positions in (2, 3, 4, 3):
+        times.note(positions, 0.1 + 0.005 * (positions - 1))
+    times.note(5, 3.0)
+    assert times.estimate(4)[1] == pytest.approx(0.105, rel=0.02)
+
+
 def test_another_network_replaces_the_estimate():
     times = StepTimes()
-    for seconds in [0.1] * 40 + [0.02] * 16:
+    for seconds in [0.1] * 40 + [0.02] * 32:
         times.note(1, seconds)
     assert times.estimate(0) == [0.02]
 

@@ -49,7 +49,7 @@ def voted(text: list[int], ends: list[int], limit: int) -> list[int]:
 
 
 @pytest.mark.parametrize("vocabulary", [2, 4, 30])
-def test_in_session_finds_the_latest_of_the_longest(vocabulary):
+def test_in_session_finds_what_follows_the_longest_match(vocabulary):
     rng = np.random.default_rng(vocabulary)
     found = 0
     for length in (1, 2, 3, 10, 40, 200):
@@ -60,12 +60,15 @@ def test_in_session_finds_the_latest_of_the_longest(vocabulary):
             if not longest:
                 assert match is None
                 continue
-            loop = text[:]
-            for _ in range(6):  # a copy may read what it has just written
-                loop.append(loop[ends[-1] + 1 + len(loop) - length])
-            assert (match.length, match.tokens.tolist()) == (longest, loop[length:])
+            once = voted(text, ends, 6)
+            loop = (once * 6)[:6]  # where the text ends, a copy reads what it has just written
+            assert (match.length, match.tokens.tolist()) == (longest, loop)
             found += 1
     assert found > 30
+
+
+def test_a_loop_is_continued():
+    assert in_session(tokens_of([9, 1, 2, 3, 1, 2, 3, 1]), 7).tokens.tolist() == [2, 3, 1, 2, 3, 1, 2]
 
 
 @pytest.mark.parametrize("vocabulary", [2, 4, 12])
