@@ -12,6 +12,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from edge_client.draft_length import DEFAULT_DRAFT_TOKENS
 from edge_client.trust import config_folder
 from edge_client.tuning.config import TuneConfig
 
@@ -63,7 +64,7 @@ class EdgeConfig(BaseSettings):
         default=None, ge=0, lt=1 << 63, description="Seed of the sampling (no unit); random if absent"
     )
     draft_tokens: int = Field(
-        default=8,
+        default=DEFAULT_DRAFT_TOKENS,
         ge=0,
         le=64,
         description="Most tokens guessed ahead and checked in one step (count); 0 guesses none",

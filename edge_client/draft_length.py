@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+DEFAULT_DRAFT_TOKENS = 16  # the longest; only text that repeats itself over a slow link gets there
+
 # Steps; medians over them forget stalls, and their end forgets another network.
 KEPT_PLAIN, KEPT_LONGER = 32, 64
 # Before anything longer than one position was measured, and as weak evidence afterwards: two cores in

@@ -21,12 +21,18 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from edge_client.datastore import Datastore, History
-from edge_client.draft_length import Acceptance, Allowance, StepTimes, best_length, expected_tokens
+from edge_client.draft_length import (
+    DEFAULT_DRAFT_TOKENS,
+    Acceptance,
+    Allowance,
+    StepTimes,
+    best_length,
+    expected_tokens,
+)
 from edge_client.lookup import Match, Tokens, in_session
 from edge_client.offer import Limits
 from edge_client.positioned import Positioned
 
-DEFAULT_DRAFT_TOKENS = 8
 RATE_FADE = 0.95  # what the rate of an answer keeps of its past with each step
 
 # Criteria that hold for a sequence only if its last token is what ends it, or whatever the tokens are.

@@ -67,8 +67,8 @@ DraftTokens = Annotated[
     typer.Option(
         "--draft-tokens",
         metavar="N",
-        help="Guess up to N tokens ahead where that saves time, and check them in one step; 8 by default, 0: "
-        "never.",
+        help="Guess up to N tokens ahead where that saves time, and check them in one step; 16 by default, "
+        "0: never.",
     ),
 ]
 DraftFrom = Annotated[

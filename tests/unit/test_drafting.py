@@ -12,7 +12,7 @@ from edge_client import cli
 from edge_client.answer import answer, make_drafter
 from edge_client.config import EdgeConfig, SettingsError, load_config
 from edge_client.datastore import Datastore, DatastoreError
-from edge_client.draft_length import Allowance
+from edge_client.draft_length import DEFAULT_DRAFT_TOKENS, Allowance
 from edge_client.drafting import DraftCounts, Drafter
 from edge_client.lookup import Match
 from edge_client.positioned import Positioned
@@ -337,7 +337,7 @@ def test_answers_say_what_drafting_did(model):
 def test_settings_of_drafting(model, tmp_path, monkeypatch):
     text = tmp_path / "mine.txt"
     text.write_text("some text")
-    assert make_drafter(model, EdgeConfig()).max_tokens == 8
+    assert make_drafter(model, EdgeConfig()).max_tokens == DEFAULT_DRAFT_TOKENS
     assert make_drafter(model, EdgeConfig(draft_tokens=3)).max_tokens == 3
     assert make_drafter(model, EdgeConfig(draft_tokens=0)) is None
     found = make_drafter(model, EdgeConfig(draft_from=(text,)))
