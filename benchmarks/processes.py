@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -64,8 +65,15 @@ def child_environment(overrides: dict[str, str] | None = None) -> dict[str, str]
     return environment
 
 
-def is_serving(address: str, timeout_s: float = 1.0) -> bool:
-    """Ask the health service at `address` (host:port) whether the whole server is ready."""
+def is_serving(address: str, timeout_s: float = 1.0, prefix: Sequence[str] = ()) -> bool:
+    """Ask the health service at `address` (host:port) whether the whole server is ready.
+
+    With a `prefix` a child asks, from where that puts it (a namespace).
+    """
+    if prefix:
+        question = f"from benchmarks.processes import is_serving; exit(not is_serving({address!r}, 5.0))"
+        command = [*prefix, sys.executable, "-c", question]
+        return subprocess.run(command, cwd=ROOT, env=child_environment(), check=False).returncode == 0
     with grpc.insecure_channel(address) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(
@@ -102,11 +110,18 @@ class CloudProcess:
         Port to listen on; a free one by default. Give the old one to restart a cloud in place.
     log : path, optional
         File for the child's output, appended to; a temporary one by default.
+    host : str
+        Address to listen on.
+    prefix : sequence of str
+        Words before the command, such as those that run it in a network namespace (`benchmarks.link`);
+        ``host`` is then an address there.
 
     Attributes
     ----------
     address : str
         ``host:port`` to point an edge at.
+    port : int
+        The port of it.
     pid : int
         Process id of the running child.
 
@@ -125,9 +140,13 @@ class CloudProcess:
         port: int | None = None,
         log: str | Path | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
     ) -> None:
-        self.address = f"127.0.0.1:{port or free_port()}"
-        self.command = [sys.executable, "-m", "cloud_server.cli", "serve", "--model", str(model)]
+        self.port = port or free_port()
+        self.address = f"{host}:{self.port}"
+        self._prefix = tuple(prefix)
+        self.command = [*prefix, sys.executable, "-m", "cloud_server.cli", "serve", "--model", str(model)]
         self.command += ["--listen", self.address, "--dtype", dtype, *arguments]
         self._environment = child_environment(env)
         self._start_timeout_s = start_timeout_s
@@ -165,7 +184,7 @@ class CloudProcess:
             )
         deadline = time.monotonic() + self._start_timeout_s
         try:
-            while not is_serving(self.address):
+            while not is_serving(self.address, prefix=self._prefix):
                 status = self._process.poll()
                 if status is not None:
                     raise self._error(f"the cloud ended with status {status} before it was ready")
@@ -213,11 +232,14 @@ def edge_command(*arguments: str) -> list[str]:
 
 
 def run_edge(
-    *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 300.0
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    timeout_s: float = 300.0,
+    prefix: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run an edge command to its end, with its output captured; its status is the caller's to judge."""
     return subprocess.run(
-        edge_command(*arguments),
+        [*prefix, *edge_command(*arguments)],
         cwd=ROOT,
         env=child_environment(env),
         stdin=subprocess.DEVNULL,
@@ -228,7 +250,12 @@ def run_edge(
     )
 
 
-def edge_json(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 300.0) -> dict[str, Any]:
+def edge_json(
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    timeout_s: float = 300.0,
+    prefix: Sequence[str] = (),
+) -> dict[str, Any]:
     """Run an edge command with ``--json`` and return the object on its last line.
 
     Raises
@@ -236,7 +263,7 @@ def edge_json(*arguments: str, env: dict[str, str] | None = None, timeout_s: flo
     ProcessError
         When the command fails; the message ends with what it wrote to stderr.
     """
-    done = run_edge(*arguments, "--json", env=env, timeout_s=timeout_s)
+    done = run_edge(*arguments, "--json", env=env, timeout_s=timeout_s, prefix=prefix)
     if done.returncode != 0:
         raise ProcessError(f"the edge ended with status {done.returncode}; it said:\n{done.stderr.strip()}")
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
