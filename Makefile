@@ -32,7 +32,7 @@ PROTOC      := $(PY) -m grpc_tools.protoc -Ishared/pb=proto \
   --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc
 
-.PHONY: help demo chat model test lint format proto proto-check exact bench attacks data tuning integrity \
+.PHONY: help demo chat model test lint format proto proto-check exact bench link attacks data tuning integrity \
   tune-speed tune-memory tune-mixed install clean
 
 help:  ## list the targets
@@ -122,6 +122,9 @@ exact: $(DEV_STAMP)  ## 20 prompts x 64 tokens against the merged model, token b
 
 bench: $(DEV_STAMP)  ## speed and bytes against plain Hugging Face generate (minutes)
 	$(PY) -m benchmarks.loopback
+
+link: $(DEV_STAMP)  ## check the emulated networks that speed is measured over (a minute; as root: real namespaces)
+	@for preset in loopback wifi 5g wan; do $(PY) -m benchmarks.link check --preset $$preset; done
 
 attacks: $(DEV_STAMP)  ## read a prompt and recover M from captured traffic
 	$(PY) -m benchmarks.read_prompt

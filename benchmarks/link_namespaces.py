@@ -47,6 +47,11 @@ class Namespaces:
         self.cloud_host: str = joined["addresses"]["cloud"]
         self.priority: str = joined["priority"]
 
+    @property
+    def forwarder_pid(self) -> int:
+        """Process id of the forwarder."""
+        return self._process.pid
+
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

@@ -101,18 +101,22 @@ class DueTimeQueue(Generic[Item]):
 class Lateness:
     """How late packets left, compared with when they were due: the precision of the emulation."""
 
-    def __init__(self, last: int = 20_000) -> None:
-        self._seconds: deque[float] = deque(maxlen=last)
+    def __init__(self, most: int = 20_000) -> None:
+        self._seconds: deque[float] = deque(maxlen=most)
 
     def note(self, seconds: float) -> None:
         """Note one packet."""
         self._seconds.append(seconds)
 
     def figures(self) -> dict[str, float]:
-        """Return median, 99th percentile and maximum of the last packets, in milliseconds."""
-        if not self._seconds:
-            return {}
+        """Return median, 99th percentile and maximum in milliseconds since the last call, and begin anew.
+
+        Where there were very many packets, those of the last ones.
+        """
         ordered = sorted(self._seconds)
+        self._seconds.clear()
+        if not ordered:
+            return {}
         ranks = {"median": 0.5, "p99": 0.99, "max": 1.0}
         return {
             name: round(1e3 * ordered[min(len(ordered) - 1, int(rank * len(ordered)))], 3)

@@ -11,6 +11,7 @@ emulation cost meanwhile stand beside them. Prints its figures as one JSON line 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from benchmarks.link import PRESETS, Joined, Link, LinkError, end_on_sigterm, preset, say
 from benchmarks.processes import CloudProcess, ProcessError, edge_json
 from benchmarks.prompts import PROMPTS
+from benchmarks.quiet import stolen_s
 
 DEFAULT_PLAN = "default"  # whatever the cloud offers first
 TIMEOUT_S = 600.0  # of one answer; the first one may fetch the edge's parts over the link
@@ -42,7 +44,7 @@ def decode(link: Joined, address: str, arguments: list[str], prompt: str, tokens
 def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of several answers as if they were one, each token weighing the same."""
     runs_that_decoded = [run for run in runs if run["new_tokens"] > 1]
-    decoded = [run["new_tokens"] - 1 for run in runs_that_decoded]
+    decoded = [int(run["new_tokens"]) - 1 for run in runs_that_decoded]
     if not decoded:
         raise LinkError("no answer was longer than one token, so there is no rate to report")
 
@@ -75,13 +77,14 @@ def over(name: str, options: argparse.Namespace) -> dict[str, Any]:
             address = link.address(cloud.port)
             for plan in options.plans:
                 chosen = [] if plan == DEFAULT_PLAN else ["--plan", plan]
-                before, started = link.statistics(), time.perf_counter()
+                before, taken_s, started = link.statistics(), stolen_s(), time.perf_counter()
                 runs = [
                     decode(link, address, [*chosen, *edge], prompt, options.tokens)
                     for prompt in PROMPTS[: options.prompts]
                 ]
                 after, seconds = link.statistics(), time.perf_counter() - started
-                result = together(runs)
+                steal = (stolen_s() - taken_s) / (seconds * (os.cpu_count() or 1))
+                result = {**together(runs), "steal": round(steal, 4)}
                 if after:
                     share = (after["cpu_s"] - before["cpu_s"]) / seconds
                     late = {way: after[way]["late_ms"] for way in ("up", "down")}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.link_queue import MTU, DueTimeQueue, LinkShape
+from benchmarks.link_queue import MTU, DueTimeQueue, Lateness, LinkShape
 
 SIZE = 1024  # bytes
 TICK = 2.0**-10  # seconds that a packet of this size takes: all sums of these figures are exact in binary
@@ -99,6 +99,16 @@ def test_a_delay_without_a_limit_keeps_the_order() -> None:
 def test_the_buffer_is_never_shorter_than_fifty_milliseconds_or_two_packets() -> None:
     assert LinkShape(0.002, 25e6).buffer_bytes == pytest.approx(1.25e6)
     assert LinkShape(0.0, 1000.0).buffer_bytes == 2 * MTU
+
+
+def test_lateness_is_that_since_the_last_question() -> None:
+    lateness = Lateness(most=100)
+    for number in range(1, 201):
+        lateness.note(number / 1e3)
+    assert lateness.figures() == {"median": 151.0, "p99": 200.0, "max": 200.0}, "the last hundred count"
+    assert lateness.figures() == {}
+    lateness.note(0.5)
+    assert lateness.figures() == {"median": 500.0, "p99": 500.0, "max": 500.0}
 
 
 @given(
