@@ -43,6 +43,11 @@ host, _, port = sys.argv[1].rpartition(":")
 data = os.urandom(int(sys.argv[2]))
 started = time.perf_counter()
 with socket.create_connection((host, int(port)), 60) as connection:
+    connection.sendall(b"echo\\nx")
+    assert connection.recv(1) == b"x"
+first_s = time.perf_counter() - started
+started = time.perf_counter()
+with socket.create_connection((host, int(port)), 60) as connection:
     opened = time.perf_counter()
     connection.sendall(b"echo\\n")
     threading.Thread(target=connection.sendall, args=(data,)).start()
@@ -62,7 +67,7 @@ with socket.create_connection((host, int(port)), 60) as connection:
     at = time.perf_counter()
     assert connection.recv(1) == b"", "the end of the stream should come back too"
     times.append(time.perf_counter() - at)
-print(json.dumps({"same": received == data, "whole_s": whole_s, "rtt_s": min(times)}))
+print(json.dumps({"same": received == data, "first_s": first_s, "whole_s": whole_s, "rtt_s": min(times)}))
 """
 TAKE = """
 import json, socket, sys, time
@@ -135,7 +140,8 @@ def test_bytes_arrive_both_ways_and_never_too_early(kind: Any) -> None:
         counted = link.statistics()
     assert echoed["same"], "what came back is not what was sent"
     assert echoed["rtt_s"] >= RTT_S
-    # Opening the connection takes a round trip, and the payload another and its time on the slower way.
+    # Opening a connection takes a round trip, what is sent then another, and its time on the slower way.
+    assert echoed["first_s"] >= 2 * RTT_S
     assert echoed["whole_s"] >= 2 * RTT_S + PAYLOAD / UP_BYTES_S
     assert taken["received"] >= PAYLOAD and taken["whole_s"] >= RTT_S + PAYLOAD / DOWN_BYTES_S
     assert counted["up"]["bytes"] > PAYLOAD and counted["down"]["bytes"] > 2 * PAYLOAD
