@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.link_preset import Joined, Preset
@@ -99,7 +98,6 @@ def checked(joined: Joined, preset: Preset) -> dict[str, Any]:
             return {
                 "preset": preset.model_dump(),
                 "kind": joined.kind,
-                "congestion_control": _congestion_control(),
                 **figures,
                 "refused": tries[:-1],
             }
@@ -112,11 +110,3 @@ def checked(joined: Joined, preset: Preset) -> dict[str, Any]:
 
 def _rate(mbit_s: float | None) -> str:
     return "no limit" if mbit_s is None else f"nominal {mbit_s:g}"
-
-
-def _congestion_control() -> str:
-    """Return how TCP finds its rate here, save in the check itself; namespaces inherit it."""
-    try:
-        return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
-    except OSError:
-        return "unknown"

@@ -124,6 +124,16 @@ def _transfer(address: tuple[str, int], kind: str, work: Callable[[socket.socket
         thread.join(TIMEOUT_S)
 
 
+def congestion_control(address: tuple[str, int]) -> str:
+    """Return how TCP finds its rate on this link unless a process asks for another way, as we do here."""
+    with socket.create_connection(address, TIMEOUT_S) as connection:
+        try:
+            name = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        except (AttributeError, OSError):
+            return "unknown"
+    return name.rstrip(b"\0").decode()
+
+
 def round_trips(address: tuple[str, int], count: int) -> list[float]:
     """Return the seconds of each of ``count`` echoes, one after the other, after one that does not count."""
     taken = []
@@ -174,6 +184,7 @@ def main() -> None:
     address = (host, int(port))
     echoes = round_trips(address, options.echoes)
     figures = {
+        "congestion_control": congestion_control(address),
         "rtt_ms": round(1e3 * statistics.median(echoes), 3),
         "rtt_ms_range": [round(1e3 * min(echoes), 3), round(1e3 * max(echoes), 3)],
         "up_mbit_s": round(8e-6 * upload(address, options.warm_up_s, options.seconds), 2),
