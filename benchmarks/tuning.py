@@ -137,7 +137,10 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--wire-seeds", type=int, default=0, help="of these, how many also through a cloud")
     own.add_argument("--rank", type=int, default=64, help="rank of the plan")
     own.add_argument("--initialiser", choices=INITIALISERS, default="orthonormal")
-    own.add_argument("--layout", choices=LAYOUTS, default="per_projection")
+    own.add_argument(
+        "--layout", choices=(*LAYOUTS, "one_trip"), default="per_projection",
+        help="one_trip: the plan of one round trip a token",
+    )  # fmt: skip
     own = commands.add_parser("sweep", parents=[runs], help="ranks x initialisers x layouts")
     own.add_argument("--tasks", nargs=1, choices=TASKS, default=["reuters8"])
     own.add_argument("--steps", type=int, default=24, help="optimiser steps in the first round")

@@ -41,7 +41,7 @@ def unit_rate(plan: Plan, matrices: lowrank.LowRank) -> float:
     and B's rows; over more ranks the changes add up, hence the root.
     """
     a = torch.stack([x.square().sum(dim=0).mean() for x in matrices.a.values()]).mean().sqrt()
-    width = {"per_projection": plan.groups, "fused": 1}[plan.layout]  # rows of B hold one part per group
+    width = plan.groups  # rows of B hold one part per group
     b = torch.stack([x.square().sum(dim=1).mean() / width for x in matrices.b.values()]).mean().sqrt()
     return float((64 / plan.r_c2d) ** 0.5 / (a * b))
 
@@ -99,11 +99,15 @@ class Bench:
         """Return the plan of a PrivateLoRA run, and its A and B."""
         g = self.checkpoint.geometry
         assert spec.initialiser and spec.layout, f"{spec} needs an initialiser and a layout"
-        plan = Plan.subset(
-            name=f"{spec.layout}-{spec.initialiser}-r{spec.rank}", backbone=self.checkpoint.id,
-            num_layers=g.num_layers, hidden_size=g.hidden_size, rank=spec.rank, layout=spec.layout,
-            initialiser=spec.initialiser,
-        )  # fmt: skip
+        facts: dict[str, Any] = {
+            "name": f"{spec.layout}-{spec.initialiser}-r{spec.rank}", "backbone": self.checkpoint.id,
+            "num_layers": g.num_layers, "hidden_size": g.hidden_size, "rank": spec.rank,
+            "initialiser": spec.initialiser,
+        }  # fmt: skip
+        if spec.layout == "one_trip":
+            plan = Plan.one_trip(self.checkpoint.projections(), **facts | {"name": "one-trip"})
+        else:
+            plan = Plan.subset(layout=spec.layout, **facts)
         return plan, lowrank.ensure(plan, self.checkpoint, progress=True)[0]
 
     def rate(self, spec: Spec, relative: float) -> float:
@@ -185,7 +189,8 @@ class Bench:
         if spec.method == "privatelora":
             plan, matrices = self.factors(spec)
             codes, residuals = plan.codes_width, plan.residual_width
-            wire = len(plan.exchange_layers) * codes + len(plan.adapted_layers) * residuals
+            wire = (len(plan.exchange_layers) - plan.first_codes_on_edge) * codes
+            wire += len(plan.adapted_layers) * residuals
             wire += 2 * plan.hidden_size
             if spec.transport == "wire":
                 split = tuning_wire.through_cloud(self.options.model, plan, spec.precision)

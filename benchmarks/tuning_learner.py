@@ -199,9 +199,9 @@ def lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> Local:
 
 
 def private_lora(model: PreTrainedModel, plan: Plan, lowrank: LowRank) -> Local:
-    """Return the single-process reference with M = 0, the only thing that is trained."""
+    """Return the single-process reference; its personal weights, which change nothing yet, are trained."""
     reference = Reference(model, plan, lowrank)
-    return Local(model, list(reference.matrices.parameters()))
+    return Local(model, [*reference.matrices.parameters(), *reference.factors.parameters()])
 
 
 # --- the loop -------------------------------------------------------------------------------------

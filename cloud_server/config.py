@@ -100,6 +100,10 @@ class PlanConfig(BaseModel):
         description="Layers where codes are sent, for themselves and those after them (indices); the adapted "
         "ones if absent",
     )
+    one_trip: bool = Field(
+        default=False,
+        description="Fill in layers, exchange_layers, head_layers and tail_layers for one round trip a token",
+    )
     head_layers: int = Field(default=0, ge=0, description="First decoder layers that edges run (count)")
     tail_layers: int = Field(default=0, ge=0, description="Last decoder layers that edges run (count)")
     lora_rank: int = Field(

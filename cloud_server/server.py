@@ -25,7 +25,7 @@ from cloud_server.session import Limits
 from shared import edge_parts, fingerprint, lowrank, models
 from shared.checkpoint import Checkpoint
 from shared.lowrank import LowRank
-from shared.plan import Plan, Projection
+from shared.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -48,38 +48,29 @@ SERVER_OPTIONS = (
 def plan_of(config: PlanConfig, checkpoint: Checkpoint) -> Plan:
     """Return the plan that ``config`` describes for this model."""
     g = checkpoint.geometry
+    facts: dict[str, Any] = {
+        "name": config.name,
+        "backbone": checkpoint.id,
+        "num_layers": g.num_layers,
+        "hidden_size": g.hidden_size,
+        "r_c2d": config.r_c2d,
+        "r_d2c": config.r_d2c,
+        "layout": config.layout,
+        "initialiser": config.initialiser,
+        "scale": config.scale,
+    }
+    if config.one_trip:
+        return Plan.one_trip(checkpoint.projections(), lora_rank=config.lora_rank, **facts)
     resident = bool(config.head_layers or config.tail_layers)
     with_lora = resident and config.lora_rank > 0
     return Plan.subset(
         () if resident and config.layers is None else config.layers,
-        name=config.name,
-        backbone=checkpoint.id,
-        num_layers=g.num_layers,
-        hidden_size=g.hidden_size,
-        r_c2d=config.r_c2d,
-        r_d2c=config.r_d2c,
-        layout=config.layout,
-        initialiser=config.initialiser,
-        scale=config.scale,
+        **facts,
         exchange_layers=config.exchange_layers,
         head_layers=config.head_layers,
         tail_layers=config.tail_layers,
-        lora=projections_of(checkpoint) if with_lora else (),
+        lora=checkpoint.projections() if with_lora else (),
         lora_rank=config.lora_rank if with_lora else 0,
-    )
-
-
-def projections_of(checkpoint: Checkpoint) -> tuple[Projection, ...]:
-    """Return the products of a decoder layer, by the shapes of its weights: all may get a LoRA."""
-    weights = {
-        local.removesuffix(".weight"): checkpoint.tensors[name].shape
-        for local, name in checkpoint.layer_tensors(0).items()
-        if local.endswith(".weight")
-    }
-    return tuple(
-        Projection(name=local, d_in=shape[1], d_out=shape[0])
-        for local, shape in weights.items()
-        if len(shape) == 2
     )
 
 

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from shared.cache import progress_bar
 from shared.families import Geometry, geometry
+from shared.plan import Projection
 from shared.tensor_file import TensorFileError, TensorInfo, read_header
 
 # What an edge needs besides its tensors; nothing else of a model folder is ever sent or used.
@@ -82,6 +83,15 @@ class Checkpoint:
             for name in sorted(self.tensors)
             if name.startswith(start) and not name.endswith("rotary_emb.inv_freq")
         }
+
+    def projections(self) -> tuple[Projection, ...]:
+        """Return the products of a decoder layer, by the shapes of its weights: all may get a LoRA."""
+        shapes = {local: self.tensors[name].shape for local, name in self.layer_tensors(0).items()}
+        return tuple(
+            Projection(name=local.removesuffix(".weight"), d_in=shape[1], d_out=shape[0])
+            for local, shape in shapes.items()
+            if local.endswith(".weight") and len(shape) == 2
+        )
 
     def edge_tensors(self) -> dict[str, str]:
         """Return the edge's tensors: local name to name in the checkpoint; no head where it is tied."""

@@ -7,7 +7,7 @@ agree on all of it. Knows nothing about tensors, sessions or the wire's element 
 
 import json
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ Schedule = Literal["per_layer", "subset", "grouped", "resident"]
 Initialiser = Literal["gaussian", "orthonormal", "svd"]
 
 TARGET_ORDER: tuple[Target, ...] = ("q", "k", "v")
+EDGE_SHARE = 0.15  # of the layers, at most, that a plan of one round trip asks of the edge
 MAX_PLAN_BYTES = 64 * 1024  # a plan is a few hundred bytes; more is not a plan
 
 Layers = tuple[Annotated[int, Field(ge=0, lt=4096)], ...]
@@ -173,6 +174,40 @@ class Plan(BaseModel):
             source = self.source_of(layer)
             feeds[source] = (*feeds.get(source, ()), layer)
         return feeds
+
+    @classmethod
+    def one_trip(
+        cls, lora: tuple[Projection, ...], *, num_layers: int, lora_rank: int = 16, **facts: Any
+    ) -> "Plan":
+        """Make the plan of one round trip a token: the edge runs at most 15 % of the layers, at both ends.
+
+        Every layer in between gets its residual from the codes of the first one, which the edge makes itself;
+        the layers on the edge get a LoRA.
+
+        Parameters
+        ----------
+        lora
+            The products of a layer.
+        num_layers
+            Of the whole model (count).
+        lora_rank
+            Rank of the LoRAs (elements).
+        facts
+            As `subset` takes them.
+        """
+        resident = max(1, int(EDGE_SHARE * num_layers))
+        head, tail = resident - resident // 2, resident // 2
+        cloud = tuple(range(head, num_layers - tail))
+        return cls.subset(
+            cloud,
+            exchange_layers=cloud[:1],
+            num_layers=num_layers,
+            head_layers=head,
+            tail_layers=tail,
+            lora=lora,
+            lora_rank=lora_rank,
+            **facts,
+        )
 
     def canonical_json(self) -> str:
         """Return the one JSON text that is hashed and sent: sorted keys, no spaces."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shared.lora import fresh_factors
 from shared.lowrank import LowRank
 from shared.plan import Plan, Target
 
@@ -138,22 +139,31 @@ class Reference(nn.Module):
         The split and its frozen A and B; any schedule in which a layer is fed by an earlier one.
     matrices
         M (groups, r_c2d, r_d2c) by adapted layer; zeros if None.
+    factors
+        LoRA factors of resident layers by name (`shared.lora`); those that tuning starts from if None.
 
     Attributes
     ----------
     matrices : nn.ParameterDict
         Trainable copies of M under the layer's decimal name. Freeze the rest with
-        ``model.requires_grad_(False)`` to train M alone.
+        ``model.requires_grad_(False)`` to train M and the factors alone.
+    factors : nn.ParameterDict
+        Trainable copies of the factors, with "/" for "." in their names.
     codes : dict[int, Tensor]
         x A of the last forward by exchange layer, (..., groups * r_c2d): what the edge would see.
     """
 
     def __init__(
-        self, model: PreTrainedModel, plan: Plan, lowrank: LowRank, matrices: Matrices | None = None
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        lowrank: LowRank,
+        matrices: Matrices | None = None,
+        factors: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.plan = model, plan
-        self.matrices = nn.ParameterDict()
+        self.matrices, self.factors = nn.ParameterDict(), nn.ParameterDict()
         self.codes: dict[int, Tensor] = {}
         device, shape = model.device, (plan.groups, plan.r_c2d, plan.r_d2c)
         self._a = {layer: lowrank.a[layer].to(device) for layer in plan.exchange_layers}
@@ -168,6 +178,13 @@ class Reference(nn.Module):
             for layer in sorted({*plan.exchange_layers, *plan.adapted_layers})
             for handle in self._hook(layer)
         ]
+        for name, factor in (fresh_factors(plan, 0) if factors is None else factors).items():
+            self.factors[name.replace(".", "/")] = nn.Parameter(factor.detach().clone().to(device))
+        for layer in plan.resident_layers:
+            for projection in plan.lora:
+                module = model.get_submodule(f"model.layers.{layer}.{projection.name}")
+                path = f"layers/{layer}/{projection.name.replace('.', '/')}"
+                self._handles.append(module.register_forward_hook(self._beside(path)))
 
     def _hook(self, layer: int) -> list[Any]:
         rows, handles = projections(self.model, layer), []
@@ -195,6 +212,17 @@ class Reference(nn.Module):
 
                 handles.append(linear.register_forward_hook(add))
         return handles
+
+    def _beside(self, path: str) -> Any:
+        """Return a hook that adds a LoRA to what a product returns."""
+
+        def add(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            (x,) = args  # (..., d_in)
+            down, up = (self.factors[f"{path}/{part}"].to(x.dtype) for part in ("down", "up"))
+            beside: Tensor = self.plan.lora_scale * ((x @ down) @ up)  # (..., d_out)
+            return y + beside
+
+        return add
 
     def residual(self, layer: int, target: Target, columns: slice) -> Tensor:
         """Return scale * ((x A) M) B of one target for the positions of the forward under way."""

@@ -10,7 +10,7 @@ from edge_client.resident import Resident
 from edge_client.resident_cache import RowCache
 from shared.lora import factor_shapes, fresh_factors, zero_factors
 from shared.plan import Plan, Projection
-from shared.reference import merged
+from shared.reference import Reference, merged
 from tests.families import FAMILIES, WINDOW, build, prompts
 from tests.plans import lowrank_for, plan_for
 
@@ -85,6 +85,19 @@ def test_layers_on_the_edge_are_the_models_own(name: str) -> None:
         plain = untouched.run(range(HEAD), inputs[0], RowCache())
     torch.testing.assert_close(plain, outputs[HEAD - 1], rtol=0, atol=3e-4)
     assert not torch.allclose(plain, wanted_head(model, ids), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_both_references_agree_on_loras(name: str) -> None:
+    base = build(name)
+    plan = resident_plan(base)
+    factors, ab = random_factors(plan), lowrank_for(plan, base)
+    ids = torch.tensor(prompts(1))
+    with torch.no_grad():
+        one = merged(base, plan, ab, {}, factors)(ids).logits
+        two = Reference(base, plan, ab, {}, factors)(ids).logits
+    torch.testing.assert_close(two, one, rtol=0, atol=3e-4)
+    assert not torch.allclose(one, build(name)(ids).logits, atol=1e-2)
 
 
 def wanted_head(model: Any, ids: list[int]) -> Tensor:
