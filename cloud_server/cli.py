@@ -64,7 +64,8 @@ def serve(
     plan: Annotated[
         list[str] | None,
         typer.Option(
-            help='A plan to offer, as JSON, e.g. \'{"name": "r16", "r_c2d": 16, "r_d2c": 16}\'. Repeatable.'
+            help="A plan to offer: per-layer (the default), one-trip (for slow links), or JSON such as "
+            '\'{"name": "r16", "r_c2d": 16, "r_d2c": 16}\'. Repeatable; the first is the edges\' default.'
         ),
     ] = None,
     max_context_tokens: Annotated[
@@ -89,10 +90,10 @@ def serve(
     """Serve a model. Settings come from flags, then PRIVATELORA_CLOUD_* variables, then the TOML file."""
     from pydantic import ValidationError
 
-    from cloud_server.config import PlanConfig, load_config
+    from cloud_server.config import PlanConfig, load_config, plan_config
 
     try:
-        plans = tuple(PlanConfig.model_validate_json(text) for text in plan) if plan else None
+        plans = tuple(plan_config(text) for text in plan) if plan else None
         if rank is not None or layout is not None:
             if plans:
                 raise ValueError("give either --plan or --rank/--layout")

@@ -112,6 +112,27 @@ class PlanConfig(BaseModel):
     scale: float = Field(default=1.0, gt=0, description="Factor on the residual (no unit)")
 
 
+NAMED_PLANS = {
+    "per-layer": PlanConfig(),
+    "one-trip": PlanConfig(name="one-trip-r64", one_trip=True),
+}
+
+
+def plan_config(text: str) -> PlanConfig:
+    """Return the plan that ``text`` names or describes as JSON.
+
+    Raises
+    ------
+    ValueError
+        If it does neither.
+    """
+    if text in NAMED_PLANS:
+        return NAMED_PLANS[text]
+    if not text.lstrip().startswith("{"):
+        raise ValueError(f"no plan is called {text!r}; give {' or '.join(NAMED_PLANS)}, or a plan as JSON")
+    return PlanConfig.model_validate_json(text)
+
+
 class CloudConfig(BaseSettings):
     """Everything a cloud server can be told."""
 

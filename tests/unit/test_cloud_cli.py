@@ -5,11 +5,14 @@ import socket
 import sys
 
 import pytest
+import tiny_checkpoint as tiny
 from typer.testing import CliRunner
 
 from cloud_server import cli
-from cloud_server.config import CloudConfig
-from cloud_server.server import serve
+from cloud_server.config import CloudConfig, PlanConfig, plan_config
+from cloud_server.server import plan_of, serve
+from shared.checkpoint import open_folder
+from shared.plan import EDGE_SHARE, Plan
 
 NOWHERE = "no such model"  # looked for only after all else was found in order
 
@@ -41,3 +44,22 @@ def test_an_environment_with_the_edge_only_is_told_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "cloud_server.server", None)  # as where an extra's package is missing
     result = CliRunner().invoke(cli.app, ["serve"])
     assert result.exit_code == 1 and ".[cloud]" in result.stderr and "Traceback" not in result.output
+
+
+def test_a_plan_is_named_or_described():
+    assert plan_config("per-layer") == PlanConfig() and plan_config("one-trip").one_trip
+    assert plan_config(' {"name": "small", "r_c2d": 16}').r_c2d == 16
+    with pytest.raises(ValueError, match="no plan is called 'pre-layer'; give per-layer or one-trip"):
+        plan_config("pre-layer")
+    told = CliRunner().invoke(cli.app, ["serve", "--plan", "pre-layer"])
+    assert told.exit_code == 1 and "no plan is called 'pre-layer'" in told.output
+
+
+def test_the_plan_of_one_trip_follows_the_models_depth(tmp_path):
+    checkpoint = open_folder(tiny.write(tmp_path / "m", num_hidden_layers=tiny.LAYERS), "tiny")
+    plan = plan_of(plan_config("one-trip").model_copy(update={"r_c2d": 4, "r_d2c": 4}), checkpoint)
+    assert plan.resident_layers == (0,) and plan.exchange_layers == (1,) and plan.adapted_layers == (1, 2)
+    assert plan.round_trips == 1 and {p.name for p in plan.lora} >= {"self_attn.q_proj", "mlp.down_proj"}
+    deep = Plan.one_trip(plan.lora, name="deep", backbone="b", num_layers=30, hidden_size=16)
+    assert deep.resident_layers == (0, 1, 28, 29) and deep.adapted_layers == tuple(range(2, 28))
+    assert len(deep.resident_layers) <= EDGE_SHARE * 30
