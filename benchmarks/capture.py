@@ -68,12 +68,11 @@ class Recording:
 
     def residual_codes(self) -> dict[tuple[int, int, int], Rows]:
         """Return xAM by (stream, step, layer), each (tokens, groups * r_d2c)."""
-        return {
-            (stream, m.residual_codes.step, one.layer): rows(one.codes)
-            for stream, m in self.requests()
-            if m.HasField("residual_codes")
-            for one in m.residual_codes.residual_codes
-        }
+        found: dict[tuple[int, int, int], Rows] = {}
+        for stream, m in self.requests():  # answers come alone, or with the step where no codes were needed
+            part = m.step if m.HasField("step") else m.residual_codes
+            found |= {(stream, part.step, one.layer): rows(one.codes) for one in part.residual_codes}
+        return found
 
 
 def rows(tensor: pb.Tensor) -> Rows:

@@ -1,23 +1,28 @@
 """Claim: a cloud recovers the personal weights M by least squares from the pairs (xA, xAM).
 
 Runs a real session with random M between the two processes, with a recording relay between them, then
-solves ``codes @ M = residual_codes`` for each adapted layer and group from the recording alone. The
-true M enters only when the result is scored. The error is reported by number of tokens seen: with
-fewer than the rank it is underdetermined; from as many independent rows as the rank on, it is M up to the
-wire's precision. In layer 0 a repeated token repeats its row, so that layer takes some more tokens.
+solves ``codes @ M = residual_codes`` for each adapted layer and group from the recording and public weights
+alone: codes that the edge made itself are those of the hidden states that it sent. The true M enters only
+when the result is scored. The error is reported by number of tokens seen: with fewer than the rank it is
+underdetermined; from as many independent rows as the rank on, it is M up to the wire's precision. In layer 0
+a repeated token repeats its row, so that layer takes some more tokens.
 """
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.adapters import random_adapter
-from benchmarks.capture import Recording, Relay, Rows
+from benchmarks.capture import Recording, Relay, Rows, rows
 from benchmarks.processes import CloudProcess, edge_json
-from shared.models import DEFAULT_MODEL
+from shared import lowrank
+from shared.models import DEFAULT_MODEL, resolve
 from shared.plan import Plan
 
 PROMPT = (
@@ -26,9 +31,24 @@ PROMPT = (
 )
 
 
-def captured_pairs(recording: Recording, plan: Plan) -> dict[int, tuple[Rows, Rows]]:
+def first_codes(recording: Recording, plan: Plan, model: str) -> dict[tuple[int, int, int], Rows]:
+    """Return the codes of the cloud's first layer by (stream, step, layer), as the cloud can make them."""
+    checkpoint, layer = resolve(model), plan.cloud_layers.start
+    public: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    norm, a = public.model.layers[layer].input_layernorm, lowrank.ensure(plan, checkpoint)[0].a[layer]
+    with torch.no_grad():
+        return {
+            (stream, m.step.step, layer): (norm(torch.from_numpy(rows(m.step.hidden))) @ a).numpy()
+            for stream, m in recording.requests()
+            if m.HasField("step")
+        }
+
+
+def captured_pairs(recording: Recording, plan: Plan, model: str) -> dict[int, tuple[Rows, Rows]]:
     """Return by adapted layer the rows (codes, residual codes), each (tokens, groups * rank)."""
     codes, residual = recording.codes(), recording.residual_codes()
+    if plan.first_codes_on_edge:
+        codes = first_codes(recording, plan, model) | codes
     pairs = {}
     for layer in plan.adapted_layers:
         keys = sorted(key[:2] for key in residual if key[2] == layer)
@@ -66,11 +86,11 @@ def main() -> None:
         with Relay(cloud.address) as relay:
             edge_json(
                 *("generate", "--cloud", relay.address, "--adapter", str(path), "--prompt", PROMPT),
-                *("--max-new-tokens", str(options.max_new_tokens)),
+                *("--max-new-tokens", str(options.max_new_tokens), "--draft-tokens", "0"),
             )
 
     plan = secret.plan
-    pairs = captured_pairs(relay.recording, plan)
+    pairs = captured_pairs(relay.recording, plan, options.model)
     available = min(len(codes) for codes, _ in pairs.values())
     rank = plan.r_c2d
     counts = sorted({min(available, n) for n in (rank // 2, rank, rank * 5 // 4, rank * 3 // 2, rank * 2)})
