@@ -19,7 +19,7 @@ from cloud_server.engine import Engine
 from cloud_server.handshake import Offer, agreed, fingerprint_message
 from cloud_server.part_service import PartService
 from cloud_server.session import Limits, Refusal, Session, invalid
-from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, parse
+from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, first, parse, read
 from cloud_server.tune_service import TuneService
 from shared import PROTOCOL_VERSION, __version__, wire
 from shared.edge_parts import EdgePart
@@ -106,7 +106,9 @@ class Service:
             handler.cancel()
 
         try:
-            session = self._open(await self._first(context))
+            session = self._open(
+                await first(pb.DecodeRequest, context, self.traffic, self.config.write_timeout_s)
+            )
             session.cut_off = cut_off
             await begin(context)
             writer = asyncio.create_task(self._write(session, context))
@@ -114,7 +116,7 @@ class Service:
             while not finished:
                 if session.outbox.is_full:
                     await session.outbox.has_room()  # or an edge that does not read fills our memory
-                message = await self._read(context)
+                message = await read(pb.DecodeRequest, context, self.traffic)
                 session.heard_at = time.monotonic()
                 if message is None:
                     await asyncio.sleep(BROKEN_NOTICE_S)
@@ -212,24 +214,6 @@ class Service:
     def _forget(self, session: Session) -> None:
         self.sessions.pop(session.id, None)
         session.close()
-
-    async def _first(self, context: Context) -> pb.DecodeRequest | None:
-        """Return the first message; a stream that never speaks is not kept."""
-        try:
-            return await asyncio.wait_for(self._read(context), self.config.write_timeout_s)
-        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
-            raise Refusal(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"no first message within {self.config.write_timeout_s:g} seconds",
-            ) from None
-
-    async def _read(self, context: Context) -> pb.DecodeRequest | None:
-        """Return the next message, None at the stream's orderly end."""
-        raw = await context.read()
-        if not isinstance(raw, bytes):  # grpc.aio.EOF
-            return None
-        self.traffic.received(raw)
-        return parse(pb.DecodeRequest, raw)
 
     async def _write(self, session: Session, context: Context) -> None:
         """Send what the session has to say; an edge that does not read is cut off."""

@@ -1,5 +1,6 @@
 """What every stream of the service needs: messages from bytes, refusals as statuses, traffic counted."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
@@ -47,6 +48,31 @@ def parse(kind: type[M], raw: bytes) -> M:
         return kind.FromString(raw)
     except DecodeError:
         raise invalid(f"{len(raw)} bytes that are not a {kind.DESCRIPTOR.name}") from None
+
+
+async def read(kind: type[M], context: Context, traffic: Traffic) -> M | None:
+    """Return the next message, None at the stream's orderly end."""
+    raw = await context.read()
+    if not isinstance(raw, bytes):  # grpc.aio.EOF
+        return None
+    traffic.received(raw)
+    return parse(kind, raw)
+
+
+async def first(kind: type[M], context: Context, traffic: Traffic, patience_s: float) -> M | None:
+    """Return the first message; a stream that never speaks is not kept.
+
+    Raises
+    ------
+    Refusal
+        If nothing has come after ``patience_s`` seconds.
+    """
+    try:
+        return await asyncio.wait_for(read(kind, context, traffic), patience_s)
+    except asyncio.TimeoutError:  # not the built-in one before Python 3.11
+        raise Refusal(
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"no first message within {patience_s:g} seconds"
+        ) from None
 
 
 async def abort(context: Context, refusal: Refusal) -> None:

@@ -13,7 +13,7 @@ from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
 from cloud_server.handshake import Offer, agreed
 from cloud_server.session import Refusal, invalid
-from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, parse
+from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, first, read
 from cloud_server.tune_outbox import Budget
 from cloud_server.tune_queue import TuneQueue
 from cloud_server.tune_session import (
@@ -58,7 +58,9 @@ class TuneService:
             handler.cancel()
 
         try:
-            session = self._open(await self._first(context))
+            session = self._open(
+                await first(pb.TuneRequest, context, self.traffic, self.config.write_timeout_s)
+            )
             await begin(context)
             session.on_failed = lambda error: cut_off(_failure(error))
             for work in (self._write(session, context, cut_off), self._watch(session, cut_off)):
@@ -86,7 +88,7 @@ class TuneService:
     async def _listen(self, session: TuneSession, context: Context) -> None:
         while True:
             await session.outbox.has_room()  # or an edge that does not read fills our memory
-            message = await self._read(context)
+            message = await read(pb.TuneRequest, context, self.traffic)
             session.touched_at = time.monotonic()
             if message is None:
                 await asyncio.sleep(BROKEN_NOTICE_S)
@@ -176,24 +178,6 @@ class TuneService:
     def _leave(self, session: TuneSession) -> None:
         self.sessions.discard(session)
         session.close()
-
-    async def _first(self, context: Context) -> pb.TuneRequest | None:
-        """Return the first message; a stream that never speaks is not kept."""
-        try:
-            return await asyncio.wait_for(self._read(context), self.config.write_timeout_s)
-        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
-            raise Refusal(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"no first message within {self.config.write_timeout_s:g} seconds",
-            ) from None
-
-    async def _read(self, context: Context) -> pb.TuneRequest | None:
-        """Return the next message, None at the stream's orderly end."""
-        raw = await context.read()
-        if not isinstance(raw, bytes):  # grpc.aio.EOF
-            return None
-        self.traffic.received(raw)
-        return parse(pb.TuneRequest, raw)
 
     async def _write(
         self, session: TuneSession, context: Context, cut_off: Callable[[Refusal], None]

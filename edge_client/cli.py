@@ -190,32 +190,13 @@ def _settings(file: Path | None, flags: dict[str, Any]) -> "EdgeConfig":
 
 @contextmanager
 def _model(settings: "EdgeConfig") -> Iterator["PrivateLoraForCausalLM"]:
-    import torch
-    import transformers
-
     from edge_client.adapters import resolve_adapter
-    from edge_client.connection import Timeouts
-    from edge_client.model import PrivateLoraForCausalLM
+    from edge_client.opened import opened
     from shared.adapter import AdapterError
 
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     adapter = resolve_adapter(settings.adapter)
     try:
-        model = PrivateLoraForCausalLM.from_cloud(
-            settings.cloud,
-            adapter,
-            settings.plan,
-            settings.wire_dtype,
-            settings.device,
-            settings.dtype,
-            fingerprint=settings.fingerprint,
-            accept_new_fingerprint=settings.accept_new_fingerprint,
-            cache_dir=settings.cache_dir,
-            timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
-            progress=True,
-        )
+        model = opened(settings, adapter)
     except AdapterError as error:
         if settings.adapter is not None or adapter is None:
             raise

@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +24,6 @@ from edge_client.flags import (
 
 if TYPE_CHECKING:
     from edge_client.config import EdgeConfig
-    from edge_client.model import PrivateLoraForCausalLM
     from edge_client.tuning.checkpoint import Identity, State
     from edge_client.tuning.config import TuneConfig
     from edge_client.tuning.run import Job, Outcome
@@ -216,12 +213,13 @@ def _check_free(job: "Job", out: Path | None, *, resume: bool, restart: bool, ov
 def _run(
     job: "Job", settings: "EdgeConfig", saved: "tuple[Identity, State] | None", *, as_json: bool
 ) -> None:
+    from edge_client.opened import opened
     from edge_client.tune_progress import Progress
     from edge_client.tuning.rows import read_rows
     from edge_client.tuning.run import finish, start
 
     rows = read_rows(job.data)
-    with _model(settings) as model, Progress(sys.stderr) as progress:
+    with opened(settings, None) as model, Progress(sys.stderr) as progress:
         progress.reading(len(rows))
         trainer = start(
             model,
@@ -276,30 +274,3 @@ def _say(job: "Job", outcome: "Outcome") -> None:
         print(f"try it: `privatelora-edge chat --adapter {job.name}`; keep it: `adapter use {job.name}`")
     else:
         print("try it: `privatelora-edge chat --adapter FILE`")
-
-
-@contextmanager
-def _model(settings: "EdgeConfig") -> Iterator["PrivateLoraForCausalLM"]:
-    import torch
-    import transformers
-
-    from edge_client.connection import Timeouts
-    from edge_client.model import PrivateLoraForCausalLM
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    with PrivateLoraForCausalLM.from_cloud(
-        settings.cloud,
-        None,
-        settings.plan,
-        settings.wire_dtype,
-        settings.device,
-        settings.dtype,
-        fingerprint=settings.fingerprint,
-        accept_new_fingerprint=settings.accept_new_fingerprint,
-        cache_dir=settings.cache_dir,
-        timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
-        progress=True,
-    ) as model:
-        yield model

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from edge_client.resident import Resident
 from edge_client.streams import SessionError
+from edge_client.tuning.batch import Matrices
 from edge_client.tuning.ends import Ends
 from edge_client.tuning.examples import Example
 from edge_client.tuning.loss import Head, loss_and_gradient, pack
-from edge_client.tuning.stream import Matrices, TuneLimits
+from edge_client.tuning.stream import TuneLimits
 from edge_client.tuning.weights import SomeWeights, Weights, factors_of, joined, matrices_of
 
 Code = grpc.StatusCode

@@ -11,8 +11,8 @@ them; always in the same blocks of whole sequences, so bits do not depend on how
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -21,16 +21,13 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from edge_client.streams import SessionError, Traffic, end, failure
+from edge_client.tuning.batch import Batch, Matrices, by_group
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 
-BLOCK_TOKENS = (
-    64  # fewest that are multiplied at once, if a batch has as many: fewer would be many small calls
-)
 WIRE_DTYPES = (pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64)  # gradients underflow in float16
 
-Matrices = Mapping[int, Tensor]  # layer -> M (groups, r_c2d, r_d2c)
 T = TypeVar("T")
 
 
@@ -44,32 +41,6 @@ class TuneLimits:
 
 class ProtocolError(ValueError):
     """Something that the cloud should not have sent."""
-
-
-@dataclass(eq=False)
-class Batch:
-    """What is kept of the batch under way until its gradients are back."""
-
-    number: int
-    lengths: Sequence[int]
-    matrices: Matrices
-    codes: dict[int, Tensor] = field(default_factory=dict)  # exchanging layer -> (tokens, groups * r_c2d)
-
-    def __post_init__(self) -> None:
-        """Count tokens; cut the batch into blocks."""
-        self.tokens = sum(self.lengths)
-        self.ends: list[int] = []  # of blocks: whole sequences that are multiplied together
-        begin = end = 0
-        for length in self.lengths:
-            end += length
-            if end - begin >= BLOCK_TOKENS or end == self.tokens:
-                self.ends.append(end)
-                begin = end
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What codes are multiplied in: the dtype of M."""
-        return next((matrix.dtype for matrix in self.matrices.values()), torch.float32)
 
 
 class TuneStream:
@@ -355,8 +326,3 @@ class TuneStream:
             error = await failure(self._call)  # gRPC has private errors too for a stream that broke
         self._call.cancel()
         raise error from None
-
-
-def by_group(rows: Tensor, plan: Plan) -> Tensor:
-    """Return ``(tokens, groups * width)`` as a view ``(groups, tokens, width)``."""
-    return rows.view(rows.shape[0], plan.groups, -1).transpose(0, 1)

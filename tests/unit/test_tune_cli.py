@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from edge_client import cli, tune_cli
+from edge_client import cli
 from edge_client.adapters import AdapterStore
 from edge_client.config import load_config
 from edge_client.tuning import run as run_module
@@ -76,7 +76,7 @@ def fake(tmp_path, monkeypatch):
         torch.set_num_threads(settings.threads or 1)
         yield found.edge
 
-    monkeypatch.setattr(tune_cli, "_model", opened)
+    monkeypatch.setattr("edge_client.opened.opened", lambda settings, adapter: opened(settings))
     yield found
     torch.set_num_threads(threads)
 

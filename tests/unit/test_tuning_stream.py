@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edge_client.streams import SessionError
-from edge_client.tuning import stream as stream_module
+from edge_client.tuning import batch as batch_module
 from edge_client.tuning.stream import TuneStream
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -218,7 +218,7 @@ def batch_of(cloud: Scripted, stream: TuneStream) -> dict[int, Tensor]:
 def test_a_batch_there_and_back(
     plan: Plan, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch, scripted: Any
 ) -> None:
-    monkeypatch.setattr(stream_module, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(batch_module, "BLOCK_TOKENS", block)
     monkeypatch.setattr(wire, "ROWS_BYTES", 100)  # tensors take several messages
     cloud = scripted(plan, chunk)
     stream = cloud.connect()
@@ -243,13 +243,13 @@ def test_a_batch_there_and_back(
 def test_gradients_do_not_depend_on_how_the_cloud_cuts(
     block: int, monkeypatch: pytest.MonkeyPatch, scripted: Any
 ) -> None:
-    monkeypatch.setattr(stream_module, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(batch_module, "BLOCK_TOKENS", block)
     found = [batch_of(cloud, cloud.connect()) for cloud in (scripted(GROUPED, 1), scripted(GROUPED, 100))]
     assert all(torch.equal(found[0][layer], found[1][layer]) for layer in GROUPED.adapted_layers)
 
 
 def test_rows_are_answered_while_others_are_awaited(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
-    monkeypatch.setattr(stream_module, "BLOCK_TOKENS", 1)
+    monkeypatch.setattr(batch_module, "BLOCK_TOKENS", 1)
     cloud = scripted(PER_LAYER, chunk=3)  # the first sequence, then the second in two parts
     cloud.waits_for_answers = True
     batch_of(cloud, cloud.connect())

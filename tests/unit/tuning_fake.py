@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from edge_client.streams import SessionError
+from edge_client.tuning.batch import Matrices
 from edge_client.tuning.checkpoint import State
 from edge_client.tuning.config import TuneConfig
 from edge_client.tuning.examples import IGNORED, Example
 from edge_client.tuning.learner import Learner, embedding
 from edge_client.tuning.loss import Head
-from edge_client.tuning.stream import Matrices, TuneLimits
+from edge_client.tuning.stream import TuneLimits
 from edge_client.tuning.trainer import Trainer
 from shared.plan import Plan
 from shared.reference import Reference

@@ -1,0 +1,30 @@
+"""From a command's settings to a model ready to use. Imports torch: only for commands that need it."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from edge_client.config import EdgeConfig
+from edge_client.connection import Timeouts
+from edge_client.model import PrivateLoraForCausalLM
+
+
+def opened(settings: EdgeConfig, adapter: Path | None) -> PrivateLoraForCausalLM:
+    """Connect as the settings say, with progress on stderr; ``adapter`` None is M = 0."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return PrivateLoraForCausalLM.from_cloud(
+        settings.cloud,
+        adapter,
+        settings.plan,
+        settings.wire_dtype,
+        settings.device,
+        settings.dtype,
+        fingerprint=settings.fingerprint,
+        accept_new_fingerprint=settings.accept_new_fingerprint,
+        cache_dir=settings.cache_dir,
+        timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
+        progress=True,
+    )
