@@ -221,7 +221,7 @@ def _written(
     The folder is named by its content; ``beside`` has the digests of the other files.
     """
     content = {tensor: digest.hex() for tensor, digest in tensor_digests(tensors, cache_dir).items()}
-    text = json.dumps([LAYOUT_VERSION, content | dict(beside)], sort_keys=True)
+    text = json.dumps([LAYOUT_VERSION, name, content | dict(beside)], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def fill(draft: Path) -> None:

@@ -242,3 +242,15 @@ def test_edge_digest_covers_name_size_and_digest():
     assert digest == edge_digest(manifest[::-1])
     for change in ({"name": "chat_template.jinja"}, {"size": 11}, {"sha256": b"x" * 32}):
         assert digest != edge_digest([replace(manifest[0], **change), *manifest[1:]])
+
+
+def test_plans_of_equal_factors_have_a_part_each(tmp_path):
+    checkpoint = open_folder(tiny.write(tmp_path / "m"), "tiny")
+    plans = [tiny.plan(), tiny.plan(name="other")]
+    served = [(plan, ensure(plan, checkpoint, tmp_path / "cache")[1]) for plan in plans]
+    for plan, path in served:
+        manifest = build(checkpoint, tmp_path / "cache", plans=[(plan, path)])
+        assert [part.name for part in manifest if part.path.is_file()][-1] == f"codes-{plan.name}.safetensors"
+    both = build(checkpoint, tmp_path / "cache", plans=served)
+    assert [p.name for p in edge_parts.parts_of(plans[0], both)][-1] == "codes-tiny.safetensors"
+    assert both[-1].sha256 == both[-2].sha256 and edge_parts.digested_parts(plans[1], both) == both[:-2]
