@@ -131,7 +131,7 @@ def _facts(entry: "Entry", used: str | None, *, everything: bool = False) -> dic
             "name_in_file": adapter.name,
             "plan": adapter.plan.model_dump(mode="json"),
             "fingerprint": {"root": adapter.fingerprint.root.hex(), **adapter.fingerprint.to_hex()},
-            "parameters": sum(matrix.numel() for matrix in adapter.matrices.values()),
+            "parameters": sum(t.numel() for t in (*adapter.matrices.values(), *adapter.factors.values())),
             "training": dict(adapter.training) if adapter.training is not None else None,
         }
     return facts
@@ -177,6 +177,14 @@ def _print_facts(facts: dict[str, Any]) -> None:
         f"{len(plan['adapted_layers'])} adapted layers, on {' '.join(plan['targets'])}",
         "ranks": f"{plan['r_c2d']} down, {plan['r_d2c']} up; {plan['layout']}, {plan['initialiser']}, "
         f"scale {plan['scale']:g}",
+        **(
+            {
+                "on this side": f"{plan['head_layers']} + {plan['tail_layers']} layers, LoRA of rank "
+                f"{plan['lora_rank']} in {len(plan['lora'])} products each"
+            }
+            if plan["lora"]
+            else {}
+        ),
         **{f"fingerprint, {part}": digest for part, digest in facts["fingerprint"].items()},
     }
     for key, value in (facts["training"] or {}).items():

@@ -30,7 +30,11 @@ def describe(settings: EdgeConfig) -> dict[str, Any]:
         "kv_bytes_used": offer.kv_bytes_used,
         "kv_bytes_total": offer.kv_bytes_total,
         "plans": [
-            {**plan.model_dump(mode="json"), "fingerprint": {"root": p.root.hex(), **p.to_hex()}}
+            {
+                **plan.model_dump(mode="json"),
+                "round_trips": plan.round_trips,
+                "fingerprint": {"root": p.root.hex(), **p.to_hex()},
+            }
             for plan, p in offer.plans.values()
         ],
         "edge_parts": [
@@ -58,10 +62,13 @@ def show(facts: dict[str, Any]) -> None:
         table = Table(title=f"plan {printable(plan['name'])}", title_justify="left", show_header=False)
         exchanging, adapted = plan["exchange_layers"], plan["adapted_layers"]
         table.add_row("backbone", printable(plan["backbone"]))
-        table.add_row("layers", f"{plan['num_layers']}, width {plan['hidden_size']}")
+        own = plan["head_layers"] + plan["tail_layers"]
+        here = f", {own} of them on this side" if own else ""
+        table.add_row("layers", f"{plan['num_layers']}, width {plan['hidden_size']}{here}")
         table.add_row(
             "exchanges", f"{len(exchanging)} a step ({plan['schedule']}), {len(adapted)} adapted layers"
         )
+        table.add_row("round trips", f"{plan['round_trips']} a token")
         table.add_row(
             "ranks", f"{plan['r_c2d']} down, {plan['r_d2c']} up; {plan['layout']}, {plan['initialiser']}"
         )
