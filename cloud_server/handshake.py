@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import grpc
 
 from cloud_server.session import Refusal, invalid
-from shared import PROTOCOL_VERSION, wire
+from shared import PROTOCOL_VERSION
 from shared.fingerprint import Fingerprint
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def agreed(offers: Mapping[bytes, Offer], request: pb.Open | pb.TuneOpen) -> Off
     Raises
     ------
     Refusal
-        If the protocol version, the plan, the fingerprint or the wire dtype is not ours.
+        If the protocol version, the plan or the fingerprint is not ours.
     """
     if request.protocol_version != PROTOCOL_VERSION:
         raise Refusal(
@@ -48,9 +49,21 @@ def agreed(offers: Mapping[bytes, Offer], request: pb.Open | pb.TuneOpen) -> Off
             f"fingerprint mismatch in {' and '.join(parts)}: your adapter or edge parts were made "
             "for another model; use an adapter made for this cloud, or a cloud that serves yours",
         )
-    if request.wire_dtype not in wire.TORCH_DTYPES:
-        raise invalid(f"wire dtype must be one of {', '.join(wire.DTYPE_NAMES)}")
     return offer
+
+
+def agreed_dtypes(request: pb.Open) -> WireDtypes:
+    """Return what a session's tensors travel in.
+
+    Raises
+    ------
+    Refusal
+        If it is asked for a dtype that is not ours.
+    """
+    try:
+        return WireDtypes.asked(request)
+    except ValueError as error:
+        raise invalid(str(error)) from None
 
 
 def fingerprint_message(fingerprint: Fingerprint) -> pb.Fingerprint:

@@ -16,7 +16,7 @@ import grpc
 
 from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
-from cloud_server.handshake import Offer, agreed, fingerprint_message
+from cloud_server.handshake import Offer, agreed, agreed_dtypes, fingerprint_message
 from cloud_server.part_service import PartService
 from cloud_server.session import Limits, Refusal, Session, invalid
 from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, first, parse, read
@@ -166,7 +166,7 @@ class Service:
         if message is None or not message.HasField("open"):
             raise invalid("the first message must be open: protocol version, fingerprint and wire dtype")
         request = message.open
-        offer = agreed(self.offers, request)
+        offer, dtypes = agreed(self.offers, request), agreed_dtypes(request)
         if request.session_id:
             session = self.sessions.get(request.session_id)
             if session is None or session.dropped_at is None or session.plan != offer.plan:
@@ -174,7 +174,7 @@ class Service:
                     grpc.StatusCode.NOT_FOUND,
                     "no such dropped session here (its grace period may be over); open a new one and replay",
                 )
-            session.dropped_at, session.wire_dtype = None, request.wire_dtype
+            session.dropped_at, session.wire_dtypes = None, dtypes
             session.heard_at = time.monotonic()  # it was silent while it was dropped
         else:
             if len(self.sessions) >= self.config.max_sessions and not self._evict():
@@ -183,7 +183,7 @@ class Service:
                     f"all {self.config.max_sessions} sessions are taken; try again later",
                     retry_after_s=1.0,
                 )
-            session = Session(offer.plan, request.wire_dtype, self.limits, self.engine, self._evict)
+            session = Session(offer.plan, dtypes, self.limits, self.engine, self._evict)
             self.sessions[session.id] = session
         opened = pb.Opened(session_id=session.id, row_lengths=session.row_lengths())
         session.outbox.put(pb.DecodeResponse(opened=opened))

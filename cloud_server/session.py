@@ -19,6 +19,7 @@ from cloud_server.step import RowSpan, Step
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 
 class Refusal(Exception):
@@ -49,7 +50,7 @@ class Session:
     """One edge's rows and steps."""
 
     plan: Plan
-    wire_dtype: "pb.Dtype.ValueType"
+    wire_dtypes: WireDtypes
     limits: Limits
     engine: Engine
     make_room: Callable[[], bool] = lambda: False  # frees something in the cache; False if nothing can be
@@ -61,6 +62,10 @@ class Session:
     dropped_at: float | None = None  # when the stream was lost, None while connected
     heard_at: float = field(default_factory=time.monotonic)  # when the edge last said something
     cut_off: Callable[[str], object] = lambda _: None  # ends the stream, for the reason given
+
+    def __post_init__(self) -> None:
+        """Look up once what every exchange asks for."""
+        self._groups = self.plan.groups
 
     def step(self, message: pb.Step) -> None:
         """Check a new step, make room for it and hand it to the engine.
@@ -79,7 +84,8 @@ class Session:
         if message.parents and in_flight:
             raise invalid("rows cannot be rearranged while steps are in flight")
         tokens = sum(span.count for span in spans)
-        hidden = self._tensor(message.hidden, (tokens, self.plan.hidden_size), "hidden")
+        shape = (tokens, self.plan.hidden_size)
+        hidden = self._tensor(message.hidden, self.wire_dtypes.hidden, shape, "hidden")
         for answer in message.residual_codes:
             if answer.layer not in self.plan.adapted_layers:
                 raise invalid(f"layer {answer.layer} is not adapted in plan {self.plan.name!r}")
@@ -226,17 +232,24 @@ class Session:
             return self.rows[parents[index]] if index < len(parents) else None
         return self.rows[index] if index < len(self.rows) else None
 
-    def _tensor(self, message: pb.Tensor, shape: tuple[int, int], what: str) -> Tensor:
+    def _tensor(
+        self,
+        message: pb.Tensor,
+        dtype: "pb.Dtype.ValueType",
+        shape: tuple[int, int],
+        what: str,
+        groups: int = 1,
+    ) -> Tensor:
         try:
-            tensor = wire.decode(message, dtype=self.wire_dtype, shape=shape, what=what)
+            tensor = wire.decode(message, dtype=dtype, shape=shape, what=what, groups=groups)
         except wire.WireError as error:
             raise invalid(str(error)) from None
         backbone = self.engine.backbone
         return tensor.to(device=backbone.device, dtype=backbone.dtype)
 
     def _residual(self, answer: pb.LayerCodes, tokens: int) -> Tensor:
-        shape = (tokens, self.plan.residual_width)
-        return self._tensor(answer.codes, shape, f"residual codes of layer {answer.layer}")
+        shape, what = (tokens, self.plan.residual_width), f"residual codes of layer {answer.layer}"
+        return self._tensor(answer.codes, self.wire_dtypes.residual_codes, shape, what, self._groups)
 
     def _overwritten(self, spans: list[pb.Span], parents: Sequence[int]) -> list[Step]:
         """Return the steps in flight from the first one whose positions a new step overwrites."""
@@ -283,7 +296,7 @@ class Session:
     def _send_codes(self, step: Step, layer: int, codes: Tensor) -> None:
         message = pb.DecodeResponse()
         message.codes.step, message.codes.layer = step.number, layer
-        wire.fill(message.codes.codes, codes, self.wire_dtype)
+        wire.fill(message.codes.codes, codes, self.wire_dtypes.codes, self._groups)
         self.outbox.put(message)
 
     def _send_hidden(self, step: Step, hidden: Tensor) -> None:
@@ -292,5 +305,5 @@ class Session:
             span.row.written = span.start + span.count
         message = pb.DecodeResponse()
         message.hidden.step = step.number
-        wire.fill(message.hidden.hidden, hidden, self.wire_dtype)
+        wire.fill(message.hidden.hidden, hidden, self.wire_dtypes.hidden)
         self.outbox.put(message)

@@ -108,9 +108,7 @@ class TuneService:
         if message is None or not message.HasField("open"):
             raise invalid("the first message must be open: protocol version, fingerprint and wire dtype")
         config, request = self.config.tuning, message.open
-        plan = agreed(self.offers, request).plan
-        if gradients_underflow(wire.TORCH_DTYPES[request.wire_dtype]):
-            raise invalid("gradients underflow in float16; tune with wire dtype bfloat16 or float32")
+        plan, wire_dtype = agreed(self.offers, request).plan, _agreed_dtype(request)
         if gradients_underflow(self.engine.backbone.dtype):
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -125,7 +123,7 @@ class TuneService:
             )
         session = TuneSession(
             plan=plan,
-            wire_dtype=request.wire_dtype,
+            wire_dtype=wire_dtype,
             limits=self._limits(plan),
             backbone=self.engine.backbone,
             queue=self.queue,
@@ -220,3 +218,14 @@ def _failure(error: Exception) -> Refusal:
         message = "the cloud ran out of memory over this batch; send a smaller one"
         return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
     return Refusal(grpc.StatusCode.INTERNAL, "the cloud failed over this batch; its log says why")
+
+
+def _agreed_dtype(request: pb.TuneOpen) -> "pb.Dtype.ValueType":
+    """Return what a run's tensors travel in; refuse what cannot carry gradients."""
+    if request.wire_dtype == wire.INT8:
+        raise invalid("int8 is too coarse for gradients; tune with wire dtype bfloat16 or float32")
+    if request.wire_dtype not in wire.TORCH_DTYPES:
+        raise invalid(f"wire dtype must be one of {', '.join(map(wire.dtype_name, wire.TORCH_DTYPES))}")
+    if gradients_underflow(wire.TORCH_DTYPES[request.wire_dtype]):
+        raise invalid("gradients underflow in float16; tune with wire dtype bfloat16 or float32")
+    return request.wire_dtype

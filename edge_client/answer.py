@@ -115,7 +115,7 @@ def answer(
         finish = "stop"
     else:
         finish = "length" if config.max_new_tokens <= room else "context"
-    return Answer(stream.text, stream.tokens, finish, meter.figures(len(prompt), model.wire_bytes))
+    return Answer(stream.text, stream.tokens, finish, meter.figures(len(prompt), model.wire_dtypes))
 
 
 def sampling(model: PrivateLoraForCausalLM, config: EdgeConfig) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from edge_client.trust import config_folder
 from edge_client.tuning.config import TuneConfig
 
 ENV_PREFIX = "PRIVATELORA_EDGE_"
-WireDtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class SettingsError(ValueError):
@@ -37,10 +38,21 @@ class EdgeConfig(BaseSettings):
     )
     plan: str | None = Field(default=None, description="Split to use; the adapter's, else the cloud's first")
     wire_dtype: WireDtype | None = Field(
-        default=None, description="Element type on the wire; the cloud's preference if absent"
+        default=None,
+        description="Element type on the wire; the cloud's preference if absent (int8: not for tuning)",
+    )
+    hidden_wire_dtype: WireDtype | None = Field(
+        default=None, description="Element type of hidden states on the wire, both ways; wire_dtype if absent"
+    )
+    codes_wire_dtype: WireDtype | None = Field(
+        default=None, description="Element type of codes (cloud to edge) on the wire; wire_dtype if absent"
+    )
+    residual_codes_wire_dtype: WireDtype | None = Field(
+        default=None,
+        description="Element type of residual codes (edge to cloud) on the wire; wire_dtype if absent",
     )
     device: str = Field(default="cpu", description="Torch device of embeddings and head (cpu, cuda, mps)")
-    dtype: WireDtype | None = Field(
+    dtype: Dtype | None = Field(
         default=None, description="Element type of embeddings and head; the cloud's if absent"
     )
     fingerprint: str | None = Field(

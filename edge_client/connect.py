@@ -18,6 +18,7 @@ from edge_client.tokenizer import load_tokenizer
 from shared import wire
 from shared.adapter import Adapter
 from shared.edge_parts import codes_file
+from shared.wire_dtypes import WireDtypes
 
 
 def open_model(
@@ -28,6 +29,9 @@ def open_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     *,
+    hidden_wire_dtype: str | None = None,
+    codes_wire_dtype: str | None = None,
+    residual_codes_wire_dtype: str | None = None,
     fingerprint: str | None = None,
     accept_new_fingerprint: bool = False,
     cache_dir: Path | None = None,
@@ -39,6 +43,8 @@ def open_model(
 
     Parameters
     ----------
+    hidden_wire_dtype, codes_wire_dtype, residual_codes_wire_dtype
+        What hidden states (both ways), codes and residual codes travel as; None is ``wire_dtype``.
     fingerprint
         Root of the expected fingerprint in hex, from a source you trust.
     accept_new_fingerprint
@@ -55,8 +61,8 @@ def open_model(
     OfferError, TrustError, EdgePartsError, TokenizerError, TemplateError, AdapterError, CloudConnectionError
         Each says what was wrong, what was expected and what to do. Nothing private has been sent.
     """
-    if wire_dtype is not None and wire_dtype not in wire.DTYPE_NAMES:
-        raise ValueError(f"wire dtype {wire_dtype!r} is not one of {', '.join(wire.DTYPE_NAMES)}")
+    kinds = (hidden_wire_dtype, codes_wire_dtype, residual_codes_wire_dtype)
+    WireDtypes.named("float32" if wire_dtype is None else wire_dtype, *kinds)  # before the cloud is asked
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without the device
@@ -80,7 +86,7 @@ def open_model(
             raise OfferError(f"{target}: config.json and plan {chosen.plan.name!r} describe different models")
         precision = _dtype(dtype) if dtype is not None else offer.compute_dtype
         shell = build_shell(config, parts.read_tensors(folder, sizes), device, precision)
-        on_wire = wire.DTYPE_NAMES[wire_dtype] if wire_dtype else wire.WIRE_DTYPES[offer.compute_dtype]
+        on_wire = WireDtypes.named(wire_dtype or wire.WIRE_DTYPES[offer.compute_dtype], *kinds)
 
         resident = None
         if chosen.plan.resident_layers:
@@ -101,7 +107,7 @@ def open_model(
         model.generation_config = parts.read_generation_config(folder, config)
         model.tokenizer = load_tokenizer(folder, sizes.vocab_size, offer.limits.max_context_tokens)
         model.offer, model.connection, model.resident = offer, connection, resident
-        model.wire_bytes = wire.TORCH_DTYPES[on_wire].itemsize
+        model.wire_dtypes = on_wire
         return model
     except BaseException:
         connection.close()
@@ -111,6 +117,7 @@ def open_model(
 def _dtype(name: str | torch.dtype) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name
-    if name not in wire.DTYPE_NAMES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(wire.DTYPE_NAMES)}")
-    return wire.TORCH_DTYPES[wire.DTYPE_NAMES[name]]
+    dtypes = {wire.dtype_name(number): dtype for number, dtype in wire.TORCH_DTYPES.items()}
+    if name not in dtypes:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
+    return dtypes[name]

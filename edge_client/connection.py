@@ -23,6 +23,7 @@ from edge_client.tuning.stream import TuneStream
 from shared import PROTOCOL_VERSION
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 SERVICE = "/privatelora.v1.PrivateLoraService/"
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class Connection:
         self,
         personal: PersonalWeights,
         fingerprint: pb.Fingerprint,
-        wire_dtype: "pb.Dtype.ValueType",
+        wire_dtypes: WireDtypes,
         limits: pb.Limits,
     ) -> Session:
         """Open a session for one set of personal weights.
@@ -126,8 +127,8 @@ class Connection:
             M of the adapter, of the plan that ``fingerprint`` covers.
         fingerprint
             What this edge stands on; the cloud refuses if it differs.
-        wire_dtype
-            Element type of every tensor, both ways.
+        wire_dtypes
+            What each kind of tensor travels in.
         limits
             What the cloud stated.
 
@@ -136,12 +137,13 @@ class Connection:
         SessionError
             With the cloud's status and message, if it refuses.
         """
-        request = pb.Open(protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint, wire_dtype=wire_dtype)
+        request = pb.Open(protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint)
+        wire_dtypes.ask(request)
 
         async def start() -> Session:
             call = self._channel.stream_stream(SERVICE + "Decode", as_bytes, as_bytes)()
             session = Session(
-                call, self._loop, personal, wire_dtype, limits, self.timeouts.step_s, self._sessions.discard
+                call, self._loop, personal, wire_dtypes, limits, self.timeouts.step_s, self._sessions.discard
             )
             await session.open(request)
             self._sessions.add(session)
@@ -161,7 +163,7 @@ class Connection:
         fingerprint
             What this edge stands on; the cloud refuses if it differs.
         wire_dtype
-            Element type of every tensor, both ways; any but float16, in which gradients underflow.
+            Element type of every tensor, both ways: not float16, in which gradients underflow, nor int8.
 
         Raises
         ------

@@ -33,7 +33,9 @@ PlanName = Annotated[
 WireDtype = Annotated[
     str | None,
     typer.Option(
-        "--wire-dtype", help="float32, bfloat16 or float16: what numbers travel as; the cloud's by default."
+        "--wire-dtype",
+        help="float32, bfloat16, float16 or (not for tuning) int8: what numbers travel as; the cloud's by "
+        "default.",
     ),
 ]
 Dtype = Annotated[

@@ -29,6 +29,8 @@ from edge_client.shell import Shell
 from edge_client.streams import Traffic
 from edge_client.tokenizer import EdgeTokenizer
 from shared.adapter import Adapter
+from shared.pb.privatelora.v1.private_lora_pb2 import DTYPE_FLOAT32
+from shared.wire_dtypes import WireDtypes
 
 __all__ = ["CloudCache", "ContextLengthError", "PrivateLoraForCausalLM"]
 
@@ -78,7 +80,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         self._open_session = open_session
         self.connection: Connection | None = None
         self.resident: Resident | None = None  # layers that run here
-        self.wire_bytes = 4  # of an element on the wire
+        self.wire_dtypes = WireDtypes.all(DTYPE_FLOAT32)
         self._thread = threading.local()
         self._first_codes = first_codes
         personal = PersonalWeights(adapter, first_codes)
@@ -109,7 +111,9 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         plan
             Name of the split to use; None is the adapter's, else the first that the cloud offers.
         wire_dtype
-            ``float32``, ``bfloat16`` or ``float16``; None is the cloud's preference.
+            ``float32``, ``bfloat16``, ``float16`` or ``int8`` (with a scale a row); None is the cloud's
+            preference. The options ``hidden_wire_dtype``, ``codes_wire_dtype`` and
+            ``residual_codes_wire_dtype`` choose another for one kind of tensor.
         device
             Where embeddings, norm and head run.
         dtype

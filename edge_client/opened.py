@@ -26,5 +26,8 @@ def opened(settings: EdgeConfig, adapter: Path | None) -> PrivateLoraForCausalLM
         accept_new_fingerprint=settings.accept_new_fingerprint,
         cache_dir=settings.cache_dir,
         timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
+        hidden_wire_dtype=settings.hidden_wire_dtype,
+        codes_wire_dtype=settings.codes_wire_dtype,
+        residual_codes_wire_dtype=settings.residual_codes_wire_dtype,
         progress=True,
     )

@@ -7,15 +7,16 @@ from typing import Any
 from edge_client.drafting import DraftCounts, Drafter
 from edge_client.streams import Traffic
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 
-def full_activation_bytes(plan: Plan, element_bytes: int) -> int:
+def full_activation_bytes(plan: Plan, dtypes: WireDtypes) -> int:
     """Return the bytes a token would cost if every layer's whole activation went both ways.
 
     The yardstick of the paper (arXiv 2311.14030): one vector of ``hidden_size`` up and one down at
-    each layer that the cloud runs.
+    each layer that the cloud runs, in the dtype that hidden states travel in.
     """
-    return 2 * plan.hidden_size * element_bytes * len(plan.cloud_layers)
+    return 2 * dtypes.hidden_bytes(plan) * len(plan.cloud_layers)
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ class Meter:
             self._first, self._first_tokens = self._last, count
         self.new_tokens += count
 
-    def figures(self, prompt_tokens: int, element_bytes: int) -> Figures:
+    def figures(self, prompt_tokens: int, dtypes: WireDtypes) -> Figures:
         """Return the figures of what was generated since `start`."""
         waited = max(self._first.at_s - self._start.at_s, 1e-9)
         computed = min(prompt_tokens, self._first.positions - self._start.positions)
         decoded = self.new_tokens - self._first_tokens if self.new_tokens else 0
         spent = self._last.traffic - self._first.traffic
         drafts = self._mark().drafts - self._start.drafts
-        full = full_activation_bytes(self._model.adapter.plan, element_bytes)
+        full = full_activation_bytes(self._model.adapter.plan, dtypes)
         each = 1 / decoded if decoded else 0.0
         return Figures(
             prompt_tokens=prompt_tokens,

@@ -22,6 +22,7 @@ from edge_client.spans import Span, cut
 from edge_client.streams import SessionError, Traffic, end, failure
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.wire_dtypes import WireDtypes
 
 MAX_TENSOR_BYTES = 4 * 2**20 - 2**16  # gRPC's cap on a message, less room for everything else
 
@@ -55,23 +56,25 @@ class Session:
         call: "grpc.aio.StreamStreamCall[bytes, bytes]",
         loop: asyncio.AbstractEventLoop,
         personal: PersonalWeights,
-        wire_dtype: "pb.Dtype.ValueType",
+        wire_dtypes: WireDtypes,
         limits: pb.Limits,
         step_timeout_s: float,
         on_close: Callable[["Session"], object],
         chunk_tokens: int = 512,
     ) -> None:
-        self.personal, self.plan, self.wire_dtype = personal, personal.plan, wire_dtype
+        self.personal, self.plan, self.wire_dtypes = personal, personal.plan, wire_dtypes
+        self._groups = self.plan.groups
         self.traffic = Traffic()
         self.id = b""
         self.error: SessionError | None = None
         self._call, self._loop, self._on_close = call, loop, on_close
         self._step_timeout_s = step_timeout_s
         # hL of a whole chunk may be asked for, and has to fit a message too
-        row = self.plan.hidden_size
+        row_bytes = wire_dtypes.hidden_bytes(self.plan)
         if personal.first is not None:  # residual codes go up with the hidden states
-            row += len(self.plan.fed_by(personal.first.layer)) * self.plan.residual_width
-        fits = MAX_TENSOR_BYTES // (row * wire.TORCH_DTYPES[wire_dtype].itemsize)
+            fed = len(self.plan.fed_by(personal.first.layer))
+            row_bytes += fed * wire_dtypes.residual_bytes(self.plan)
+        fits = MAX_TENSOR_BYTES // row_bytes
         self._chunk_tokens = max(1, min(chunk_tokens, limits.max_step_tokens, fits))
         self._max_in_flight = max(1, limits.max_steps_in_flight)
         self._number = 0
@@ -114,7 +117,8 @@ class Session:
         Returns
         -------
         Tensor
-            hL of the kept positions, span after span: ``(sum of keep, hidden_size)`` in the wire dtype.
+            hL of the kept positions, span after span: ``(sum of keep, hidden_size)`` in the wire dtype of
+            hidden states (float32 if that is int8).
 
         Raises
         ------
@@ -150,11 +154,11 @@ class Session:
             message.step = self._number
             message.parents.extend(parents or ())
             message.spans.extend(pb.Span(row=s.row, start=s.start, count=s.count, keep=s.keep) for s in piece)
-            wire.fill(message.hidden, hidden[at : at + tokens], self.wire_dtype)
+            wire.fill(message.hidden, hidden[at : at + tokens], self.wire_dtypes.hidden)
             for layer, codes in self.personal.upfront(hidden[at : at + tokens]).items():
                 answer = message.residual_codes.add()
                 answer.layer = layer
-                wire.fill_array(answer.codes, codes, self.wire_dtype)
+                wire.fill_array(answer.codes, codes, self.wire_dtypes.residual_codes, self._groups)
             raw = request.SerializeToString()
             job.chunks.append((raw, self._number, tokens, keep))
             parents, at = None, at + tokens
@@ -269,13 +273,15 @@ class Session:
         if message.layer <= flight.layer:  # or a cloud could ask without end what M makes of anything
             raise SessionError(f"codes for layer {message.layer} after those of layer {flight.layer}")
         shape = (flight.tokens, self.plan.codes_width)
-        codes = wire.decode_array(message.codes, dtype=self.wire_dtype, shape=shape, what="codes")
+        dtypes, groups = self.wire_dtypes, self._groups
+        codes = wire.decode_array(message.codes, dtype=dtypes.codes, shape=shape, what="codes", groups=groups)
         request = pb.DecodeRequest()
         request.residual_codes.step = message.step
         for layer in self.plan.fed_by(message.layer):
             answer = request.residual_codes.residual_codes.add()
             answer.layer = layer
-            wire.fill_array(answer.codes, self.personal.residual_codes(layer, codes), self.wire_dtype)
+            z = self.personal.residual_codes(layer, codes)
+            wire.fill_array(answer.codes, z, dtypes.residual_codes, groups)
         flight.layer = message.layer
         self.traffic.round_trips += 1
         self._outbox.append(request.SerializeToString())
@@ -286,7 +292,7 @@ class Session:
             self._expect_given_up(message.step)
             return
         shape = (flight.keep, self.plan.hidden_size)
-        hidden = wire.decode(message.hidden, dtype=self.wire_dtype, shape=shape, what="hidden")
+        hidden = wire.decode(message.hidden, dtype=self.wire_dtypes.hidden, shape=shape, what="hidden")
         del self._flights[message.step]  # only now: if that was refused, its job must hear of it
         job = flight.job
         job.hidden.append(hidden)

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 from shared.plan import Plan
+from shared.wire import INT8
+from shared.wire_dtypes import WireDtypes
 
 # What protobuf spends on field numbers, shape, layer and step around the numbers themselves; a byte or two
 # more once step numbers and sizes grow.
 STEP, ANSWER, CODES, HIDDEN, RESIDUAL = 26, 23, 20, 18, 18
+SCALES = 2  # of an int8 tensor: the scales' field number and size
 FRAME = 5  # gRPC's header of a message
 
 
@@ -19,18 +22,24 @@ class WireCost:
     round_trips: int
 
 
-def wire_cost(plan: Plan, element_bytes: int) -> WireCost:
-    """Return the cost under ``plan`` with ``element_bytes`` a number on the wire.
+def wire_cost(plan: Plan, dtypes: WireDtypes) -> WireCost:
+    """Return the cost under ``plan`` with tensors that travel in ``dtypes``.
 
     Residual codes that the first exchange feeds go up with the hidden states where the edge makes its codes.
     """
-    up = down = plan.hidden_size * element_bytes + FRAME
-    up, down = up + STEP, down + HIDDEN
+    hidden = dtypes.hidden_bytes(plan) + _scales(dtypes.hidden)
+    codes = dtypes.codes_bytes(plan) + _scales(dtypes.codes)
+    residual = dtypes.residual_bytes(plan) + _scales(dtypes.residual_codes)
+    up, down = hidden + STEP + FRAME, hidden + HIDDEN + FRAME
     for index, exchange in enumerate(plan.exchange_layers):
         fed = len(plan.fed_by(exchange))
-        up += fed * (plan.residual_width * element_bytes + RESIDUAL)
+        up += fed * (residual + RESIDUAL)
         if index == 0 and plan.first_codes_on_edge:
             continue
         up += ANSWER - RESIDUAL + FRAME
-        down += plan.codes_width * element_bytes + CODES + FRAME
+        down += codes + CODES + FRAME
     return WireCost(up, down, plan.round_trips)
+
+
+def _scales(dtype: int) -> int:
+    return SCALES if dtype == INT8 else 0

@@ -1,4 +1,4 @@
-"""Tensors on the wire: raw little-endian bytes with a dtype and a shape.
+"""Tensors on the wire: raw little-endian bytes with a dtype and a shape, and scales if they are int8.
 
 Checks everything a peer could get wrong before it allocates. Knows nothing about sessions, layers
 or what a tensor means.
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shared import int8
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
 if sys.byteorder != "little":
@@ -22,7 +23,8 @@ if sys.byteorder != "little":
 FRAME_BYTES = 5  # gRPC's own header on each message
 ROWS_BYTES = 1 << 20  # of one tuning message's elements: far from gRPC's cap, and the next is made meanwhile
 
-TORCH_DTYPES = {
+INT8 = pb.DTYPE_INT8
+TORCH_DTYPES = {  # of the dtypes that are sent as they are computed with: all but int8
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_FLOAT16: torch.float16,
     pb.DTYPE_BFLOAT16: torch.bfloat16,
@@ -34,14 +36,16 @@ _NUMPY: dict[int, type[np.generic]] = {
     pb.DTYPE_FLOAT16: np.float16,
     pb.DTYPE_BFLOAT16: np.uint16,  # numpy has no bfloat16; the bits are what matters
     pb.DTYPE_FLOAT64: np.float64,
+    pb.DTYPE_INT8: np.int8,
 }
+_ITEM_BYTES = {number: np.dtype(kind).itemsize for number, kind in _NUMPY.items()}
 DTYPE_NAMES = {
     "float32": pb.DTYPE_FLOAT32,
     "float16": pb.DTYPE_FLOAT16,
     "bfloat16": pb.DTYPE_BFLOAT16,
     "float64": pb.DTYPE_FLOAT64,
+    "int8": pb.DTYPE_INT8,
 }
-
 
 Array = npt.NDArray[np.float32]
 
@@ -55,14 +59,19 @@ def dtype_name(dtype: int) -> str:
     return next((name for name, number in DTYPE_NAMES.items() if number == dtype), f"unknown dtype {dtype}")
 
 
-def encode(tensor: Tensor, dtype: "pb.Dtype.ValueType") -> pb.Tensor:
+def row_bytes(dtype: "pb.Dtype.ValueType", width: int, groups: int = 1) -> int:
+    """Return what a row of ``width`` elements in ``groups`` groups takes, without protobuf's overhead."""
+    return width * _ITEM_BYTES[dtype] + (groups * int8.SCALE_BYTES if dtype == INT8 else 0)
+
+
+def encode(tensor: Tensor, dtype: "pb.Dtype.ValueType", groups: int = 1) -> pb.Tensor:
     """Return ``tensor`` as wire bytes in ``dtype``; `fill` says what may be passed."""
     message = pb.Tensor()
-    fill(message, tensor, dtype)
+    fill(message, tensor, dtype, groups)
     return message
 
 
-def fill(message: pb.Tensor, tensor: Tensor, dtype: "pb.Dtype.ValueType") -> None:
+def fill(message: pb.Tensor, tensor: Tensor, dtype: "pb.Dtype.ValueType", groups: int = 1) -> None:
     """Put ``tensor`` into an empty message as wire bytes: one made elsewhere would be copied into its parent.
 
     Parameters
@@ -72,19 +81,25 @@ def fill(message: pb.Tensor, tensor: Tensor, dtype: "pb.Dtype.ValueType") -> Non
     tensor
         Any shape, floating point, any device.
     dtype
-        The session's wire dtype. Values beyond float16's range become infinite and are refused by
-        the peer, so that an overflow is never silent.
+        What was agreed. NaN, infinity and values beyond float16's range (for int8: float32's) are refused
+        by the peer, so that an overflow is never silent.
+    groups
+        Equal parts of a row, each with a scale of its own if ``dtype`` is int8.
     """
+    if dtype == INT8:
+        return _fill_int8(message, tensor.detach().to(device="cpu", dtype=torch.float32).numpy(), groups)
     plain = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[dtype])
     if dtype == pb.DTYPE_BFLOAT16:  # numpy has no bfloat16; the bits are what matters
         plain = plain.view(torch.int16)
     _fill(message, plain.numpy(), dtype)
 
 
-def fill_array(message: pb.Tensor, array: Array, dtype: "pb.Dtype.ValueType") -> None:
+def fill_array(message: pb.Tensor, array: Array, dtype: "pb.Dtype.ValueType", groups: int = 1) -> None:
     """Do as `fill` does with a float32 array: an exchange is faster without torch."""
     if dtype == pb.DTYPE_FLOAT32:
         _fill(message, array, dtype)
+    elif dtype == INT8:
+        _fill_int8(message, array, groups)
     else:
         fill(message, torch.from_numpy(array), dtype)
 
@@ -95,7 +110,20 @@ def _fill(message: pb.Tensor, array: "npt.NDArray[Any]", dtype: "pb.Dtype.ValueT
     message.data = array.tobytes()  # in row-major order, whatever the strides
 
 
-def decode(message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str) -> Tensor:
+def _fill_int8(message: pb.Tensor, array: Array, groups: int) -> None:
+    whole, scales = int8.quantise(array.reshape(_runs(array.shape, groups)))
+    _fill(message, whole.reshape(array.shape), INT8)
+    message.scales = scales.tobytes()
+
+
+def _runs(shape: Sequence[int], groups: int) -> tuple[int, int]:
+    """Return how many numbers have a scale together, as (runs, length)."""
+    return math.prod(shape[:-1]) * groups, shape[-1] // groups
+
+
+def decode(
+    message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str, groups: int = 1
+) -> Tensor:
     """Return the tensor in ``message``, on the CPU.
 
     Parameters
@@ -106,17 +134,21 @@ def decode(message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[i
         What was agreed; anything else is refused before memory is allocated.
     what
         Name of the tensor, for messages.
+    groups
+        As `fill` takes it; divides the width.
 
     Returns
     -------
     Tensor
-        In the wire dtype, contiguous, writable, all elements finite.
+        In the wire dtype (int8: in float32), contiguous, writable, all elements finite.
 
     Raises
     ------
     WireError
-        On a wrong dtype, shape or byte count, or on NaN or infinity.
+        On a wrong dtype, shape or byte count, on NaN or infinity, or on scales that cannot be.
     """
+    if dtype == INT8:
+        return torch.from_numpy(_decode_int8(message, shape, what, groups))
     buffer = _checked(message, dtype, shape, what)
     if not buffer:
         return torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype])
@@ -124,13 +156,33 @@ def decode(message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[i
 
 
 def decode_array(
-    message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str
+    message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str, groups: int = 1
 ) -> Array:
     """Do as `decode` does, but return a float32 array: an exchange is faster without torch."""
+    if dtype == INT8:
+        return _decode_int8(message, shape, what, groups)
     bits = np.frombuffer(_checked(message, dtype, shape, what), _NUMPY[dtype])
     if dtype == pb.DTYPE_BFLOAT16:
         return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
     return bits.astype(np.float32, copy=False).reshape(shape)
+
+
+def _decode_int8(message: pb.Tensor, shape: Sequence[int], what: str, groups: int) -> Array:
+    """Return the tensor in an int8 message, float32."""
+    whole = np.frombuffer(_checked(message, INT8, shape, what), np.int8)
+    runs, length = _runs(shape, groups)
+    raw, expected = message.scales, runs * int8.SCALE_BYTES  # one read, every access copies
+    if len(raw) != expected:
+        raise WireError(f"{what}: {len(raw)} bytes of scales, expected {expected} for {tuple(shape)}")
+    scales = np.frombuffer(raw, np.float32)
+    if not np.logical_and.reduce((scales >= 0) & (scales <= int8.LARGEST_SCALE)):
+        if not np.isfinite(scales).all():
+            raise WireError(f"{what}: holds NaN or infinity in a scale; every element must be finite")
+        wrong = "negative" if (scales < 0).any() else f"so large that {int8.LARGEST} times it is infinite"
+        raise WireError(f"{what}: a scale is {wrong}")
+    if whole.size and whole.min() < -int8.LARGEST:
+        raise WireError(f"{what}: holds -128; int8 goes from -{int8.LARGEST} to {int8.LARGEST}")
+    return int8.restore(whole.reshape(runs, length), scales).reshape(shape)
 
 
 def _checked(message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str) -> bytearray:
@@ -142,7 +194,7 @@ def _checked(message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[in
     if len(message.shape) != len(shape) or tuple(message.shape) != tuple(shape):
         raise WireError(f"{what}: shape is {tuple(message.shape[:8])}, expected {tuple(shape)}")
     buffer = bytearray(message.data)  # one read, every access copies; writable, so that torch may own it
-    expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    expected = math.prod(shape) * _ITEM_BYTES[dtype]
     if len(buffer) != expected:
         raise WireError(f"{what}: {len(buffer)} bytes of data, expected {expected} for {tuple(shape)}")
     elements = np.frombuffer(buffer, _NUMPY[dtype])

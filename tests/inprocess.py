@@ -33,11 +33,13 @@ from shared.lowrank import LowRank
 from shared.models import resolve
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 T = TypeVar("T")
 Matrices = Mapping[int, Tensor]
 TIMEOUT_S = 60.0
 LIMITS = Limits(max_context_tokens=512, max_step_tokens=512, max_rows=64, max_steps_in_flight=64)
+FLOAT32 = WireDtypes.all(pb.DTYPE_FLOAT32)
 NOTHING = Fingerprint(plan=bytes(32), lowrank=bytes(32), layers=bytes(32), edge=bytes(32))
 
 
@@ -49,10 +51,16 @@ def adapter(plan: Plan, matrices: Matrices) -> Adapter:
 class Stream:
     """One session, with an edge that answers every exchange; a `edge_client.pool.SessionLike`."""
 
-    def __init__(self, cloud: "Cloud", personal: PersonalWeights, chunk_tokens: int = 512) -> None:
-        self.cloud, self.personal, self.chunk_tokens = cloud, personal, chunk_tokens
+    def __init__(
+        self,
+        cloud: "Cloud",
+        personal: PersonalWeights,
+        chunk_tokens: int = 512,
+        dtypes: WireDtypes = FLOAT32,
+    ) -> None:
+        self.cloud, self.personal, self.chunk_tokens, self.dtypes = cloud, personal, chunk_tokens, dtypes
         self.plan = personal.plan
-        self.session = Session(self.plan, pb.DTYPE_FLOAT32, LIMITS, cloud.engine)
+        self.session = Session(self.plan, dtypes, LIMITS, cloud.engine)
         self.answers: dict[int, dict[int, pb.Tensor]] = {}  # step -> layer -> residual codes that were sent
         self.traffic = Traffic()  # nothing is on a wire
         self.number = 0
@@ -79,7 +87,7 @@ class Stream:
                     step=self.number,
                     parents=parents or (),
                     spans=[pb.Span(row=s.row, start=s.start, count=s.count, keep=s.keep) for s in piece],
-                    hidden=wire.encode(hidden[at : at + tokens], pb.DTYPE_FLOAT32),
+                    hidden=wire.encode(hidden[at : at + tokens], self.dtypes.hidden),
                     residual_codes=[pb.LayerCodes(layer=n, codes=z) for n, z in (known or {}).items()],
                 )
             )
@@ -92,19 +100,21 @@ class Stream:
                 tokens, keep = waiting.pop(message.hidden.step)
                 shape = (keep, self.plan.hidden_size)
                 kept[message.hidden.step] = wire.decode(
-                    message.hidden.hidden, dtype=pb.DTYPE_FLOAT32, shape=shape, what="hidden"
+                    message.hidden.hidden, dtype=self.dtypes.hidden, shape=shape, what="hidden"
                 )
         return torch.cat([kept[number] for number in sorted(kept)])  # (sum of keep, hidden_size)
 
     def _exchange(self, message: pb.Codes, tokens: int) -> None:
-        shape = (tokens, self.plan.codes_width)
-        codes = wire.decode_array(message.codes, dtype=pb.DTYPE_FLOAT32, shape=shape, what="codes")
+        shape, groups = (tokens, self.plan.codes_width), self.plan.groups
+        codes = wire.decode_array(
+            message.codes, dtype=self.dtypes.codes, shape=shape, what="codes", groups=groups
+        )
         sent = self.answers.setdefault(message.step, {})
         fed = self.plan.fed_by(message.layer)
         for layer in fed:
             z = self.personal.residual_codes(layer, codes)
             sent[layer] = pb.Tensor()
-            wire.fill_array(sent[layer], z, pb.DTYPE_FLOAT32)
+            wire.fill_array(sent[layer], z, self.dtypes.residual_codes, groups)
         answers = [pb.LayerCodes(layer=layer, codes=sent[layer]) for layer in fed]
         self.session.answer(pb.ResidualCodes(step=message.step, residual_codes=answers))
 
@@ -188,12 +198,14 @@ class Cloud:
             raise TimeoutError("the engine did not answer")
         return task.result()
 
-    def open(self, plan: Plan, matrices: Matrices, chunk_tokens: int = 512) -> Stream:
+    def open(
+        self, plan: Plan, matrices: Matrices, chunk_tokens: int = 512, dtypes: WireDtypes = FLOAT32
+    ) -> Stream:
         """Open a session for these personal weights; a step is cut into chunks, all in flight at once."""
-        return self._open(PersonalWeights(adapter(plan, matrices)), chunk_tokens)
+        return self._open(PersonalWeights(adapter(plan, matrices)), chunk_tokens, dtypes)
 
-    def _open(self, personal: PersonalWeights, chunk_tokens: int) -> Stream:
-        self._streams.append(Stream(self, personal, chunk_tokens))
+    def _open(self, personal: PersonalWeights, chunk_tokens: int, dtypes: WireDtypes = FLOAT32) -> Stream:
+        self._streams.append(Stream(self, personal, chunk_tokens, dtypes))
         return self._streams[-1]
 
     def close_streams(self) -> None:

@@ -32,7 +32,7 @@ from edge_client.tuning.examples import digest, make_examples, split
 from edge_client.tuning.learner import Learner, TuningStream, Waiting, embedding
 from edge_client.tuning.loss import Head
 from edge_client.tuning.rows import Row
-from edge_client.tuning.stream import WIRE_DTYPES
+from edge_client.tuning.stream import WIRE_DTYPES, no_gradients
 from edge_client.tuning.trainer import Trainer, Watcher
 from edge_client.tuning.weights import factors_of, matrices_of, start_weights
 from shared import wire
@@ -269,7 +269,7 @@ def wire_for(name: str | None, compute_dtype: torch.dtype) -> "pb.Dtype.ValueTyp
         number = wire.WIRE_DTYPES[compute_dtype]
         return number if number in WIRE_DTYPES else pb.DTYPE_FLOAT32
     if wire.DTYPE_NAMES.get(name) not in WIRE_DTYPES:
-        raise ValueError(f"{name} cannot carry gradients, which underflow in it; use bfloat16 or float32")
+        raise ValueError(f"{no_gradients(name)}; use bfloat16 or float32")
     return wire.DTYPE_NAMES[name]
 
 

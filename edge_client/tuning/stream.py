@@ -26,7 +26,7 @@ from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 
-WIRE_DTYPES = (pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64)  # gradients underflow in float16
+WIRE_DTYPES = (pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64)  # see `no_gradients`
 
 T = TypeVar("T")
 
@@ -68,8 +68,7 @@ class TuneStream:
     ) -> None:
         if wire_dtype not in WIRE_DTYPES:
             raise ValueError(
-                f"{wire.dtype_name(wire_dtype)} cannot carry gradients, which underflow in it; use "
-                "bfloat16 or float32 on the wire"
+                f"{no_gradients(wire.dtype_name(wire_dtype))}; use bfloat16 or float32 on the wire"
             )
         self.plan, self.wire_dtype = plan, wire_dtype
         self.traffic = Traffic()
@@ -326,3 +325,9 @@ class TuneStream:
             error = await failure(self._call)  # gRPC has private errors too for a stream that broke
         self._call.cancel()
         raise error from None
+
+
+def no_gradients(name: str) -> str:
+    """Return, for messages, why the dtype called ``name`` is not used for tuning."""
+    why = "for which it is too coarse" if name == "int8" else "which underflow in it"
+    return f"{name} cannot carry gradients, {why}"

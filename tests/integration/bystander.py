@@ -15,6 +15,7 @@ from shared.lowrank import LowRank
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.reference import merged
+from shared.wire_dtypes import WireDtypes
 from tests.families import prompts
 from tests.splits import matrices_for
 
@@ -82,7 +83,9 @@ class Bystander:
         described = connection.describe()
         offer = next(o for o in described.plans if o.plan_json == self.plan.canonical_json())
         personal = PersonalWeights(Adapter(self.plan, NOTHING, self.matrices))
-        session = connection.open_session(personal, offer.fingerprint, pb.DTYPE_FLOAT32, described.limits)
+        session = connection.open_session(
+            personal, offer.fingerprint, WireDtypes.all(pb.DTYPE_FLOAT32), described.limits
+        )
 
         def continued(ids: list[int], new_tokens: int) -> list[int]:
             tokens, new, start = list(ids), list(ids), 0

@@ -131,7 +131,7 @@ def test_a_token_costs_what_the_readmes_formula_says(both: Both) -> None:
         before = both.edge.traffic()
         both.edge.generate(both.ids(), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         spent.append(both.edge.traffic() - before)
-    more, cost = spent[2] - spent[1], wire_cost(both.edge.adapter.plan, both.edge.wire_bytes)
+    more, cost = spent[2] - spent[1], wire_cost(both.edge.adapter.plan, both.edge.wire_dtypes)
     assert more.round_trips == 20 * cost.round_trips
     assert more.bytes_up == pytest.approx(20 * cost.up, rel=0.03)
     assert more.bytes_down == pytest.approx(20 * cost.down, rel=0.03)

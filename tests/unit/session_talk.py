@@ -14,6 +14,7 @@ from shared import wire
 from shared.families import geometry
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 from tests.families import build
 
 Code = grpc.StatusCode
@@ -22,6 +23,7 @@ PLAN = Plan.subset((0, 2), name="p", backbone="b", num_layers=4, hidden_size=WID
 LIMITS = Limits(max_context_tokens=100, max_step_tokens=50, max_rows=4, max_steps_in_flight=3)
 GEOMETRY = geometry(build("llama").config)
 BLOCK_BYTES = 2 * 4 * GEOMETRY.kv_dim * 4 * BLOCK_TOKENS
+FLOAT32 = WireDtypes.all(pb.DTYPE_FLOAT32)
 UINT32, UINT64 = 2**32 - 1, 2**64 - 1
 
 
@@ -52,9 +54,9 @@ class StandIn:
 class Talk:
     """A session and what a test says to it."""
 
-    def __init__(self, blocks: int = 64, **options: Any) -> None:
+    def __init__(self, blocks: int = 64, dtypes: WireDtypes = FLOAT32, **options: Any) -> None:
         self.engine = StandIn(blocks)
-        self.session = Session(PLAN, pb.DTYPE_FLOAT32, LIMITS, self.engine, **options)  # type: ignore[arg-type]
+        self.session = Session(PLAN, dtypes, LIMITS, self.engine, **options)  # type: ignore[arg-type]
         self.number = 0
 
     def step(self, *spans: tuple[int, int, int, int], finish: bool = False, **fields: Any) -> Step:

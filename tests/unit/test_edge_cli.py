@@ -16,6 +16,7 @@ from edge_client.config import EdgeConfig, SettingsError, load_config
 from edge_client.personal import PersonalWeights
 from edge_client.report import Meter, full_activation_bytes
 from shared.adapter import Adapter
+from shared.wire_dtypes import WireDtypes
 from tests import families
 from tests.unit.edge_fake import FINGERPRINT, split
 
@@ -182,7 +183,10 @@ def test_seed_makes_sampling_repeatable(model):
 
 def test_full_activations_as_the_paper_counts_them():
     plan = families.plan_for(families.build("llama"))
-    assert full_activation_bytes(plan, 2) == 2 * plan.hidden_size * 2 * plan.num_layers
+    dtypes = WireDtypes.named("float32", hidden="bfloat16")
+    assert full_activation_bytes(plan, dtypes) == 2 * plan.hidden_size * 2 * plan.num_layers
+    int8 = WireDtypes.named("int8")
+    assert full_activation_bytes(plan, int8) == 2 * (plan.hidden_size + 4) * plan.num_layers
 
 
 # --- chat -----------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ ALLOWED = {
     "Open.fingerprint": "message",
     "Open.wire_dtype": "enum",
     "Open.session_id": "the cloud's own random bytes, given back",
+    "Open.hidden_dtype": "enum",
+    "Open.codes_dtype": "enum",
+    "Open.residual_codes_dtype": "enum",
     "Fingerprint.root": "SHA-256 over public parts, 32 bytes",
     "Fingerprint.plan": "SHA-256 of the plan, 32 bytes",
     "Fingerprint.lowrank": "SHA-256 of A and B, 32 bytes",
@@ -60,6 +63,7 @@ ALLOWED = {
     "Tensor.dtype": "enum",
     "Tensor.shape": "sizes, refused unless they are (positions, width fixed by the plan)",
     "Tensor.data": "activations of the length that the shape says; only in the fields named above",
+    "Tensor.scales": "the largest numbers of the activations in data, as many as these have rows and groups",
 }
 TENSOR_FIELDS = {"Step.hidden", "LayerCodes.codes", "Rows.rows"}
 FORBIDDEN_TYPES = {FieldDescriptor.TYPE_STRING: "a string", FieldDescriptor.TYPE_GROUP: "a group"}

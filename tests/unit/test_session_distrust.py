@@ -21,6 +21,7 @@ from shared.edge_parts import EdgePart, EdgePartsError
 from shared.fingerprint import Fingerprint
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 PLAN = Plan.subset((0, 2), name="p", backbone="b", num_layers=4, hidden_size=6, rank=2)
 NOTHING = Fingerprint(plan=bytes(32), lowrank=bytes(32), layers=bytes(32), edge=bytes(32))
@@ -73,7 +74,7 @@ def talk() -> Iterator[Callable[[Script], Connection]]:
 def open_session(connection: Connection) -> Session:
     personal = PersonalWeights(Adapter.zeros(PLAN, NOTHING))
     limits = pb.Limits(max_step_tokens=64, max_steps_in_flight=8)
-    return connection.open_session(personal, pb.Fingerprint(), pb.DTYPE_FLOAT32, limits)
+    return connection.open_session(personal, pb.Fingerprint(), WireDtypes.all(pb.DTYPE_FLOAT32), limits)
 
 
 def tensor(*shape: int, value: float = 0.0) -> pb.Tensor:

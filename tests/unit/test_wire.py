@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import wire
+from shared import int8, wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.wire import WireError, decode, encode
 
@@ -149,6 +149,95 @@ def test_any_bytes_are_a_tensor_or_an_error(raw: bytes) -> None:
         except WireError:
             continue
         assert got.shape == (size,) and got.isfinite().all()
+
+
+# --- int8 ---------------------------------------------------------------------------------------------------
+
+
+def scaled(data: bytes, scales: list[float], shape: tuple[int, ...] = (2, 3)) -> pb.Tensor:
+    return pb.Tensor(dtype=wire.INT8, shape=shape, data=data, scales=np.array(scales, "<f4").tobytes())
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_int8_is_the_rounding_of_each_group(tokens: int, groups: int) -> None:
+    sent = noise(tokens, 6) * torch.tensor([1e-3, 1e-3, 1.0, 1.0, 1e3, 1e3])
+    message = pb.Tensor.FromString(encode(sent, wire.INT8, groups).SerializeToString())
+    assert len(message.data) == 6 * tokens and len(message.scales) == 4 * groups * tokens
+    assert len(message.data) + len(message.scales) == tokens * wire.row_bytes(wire.INT8, 6, groups)
+    runs = sent.numpy().reshape(tokens * groups, 6 // groups)
+    expected = int8.restore(*int8.quantise(runs)).reshape(tokens, 6)
+    got = decode(message, dtype=wire.INT8, shape=(tokens, 6), what="it", groups=groups)
+    assert got.dtype == torch.float32 and np.array_equal(got.numpy(), expected)
+    array = wire.decode_array(message, dtype=wire.INT8, shape=(tokens, 6), what="it", groups=groups)
+    assert np.array_equal(array, expected)
+    filled = pb.Tensor()
+    wire.fill_array(filled, sent.numpy(), wire.INT8, groups)
+    assert filled == message
+
+
+@pytest.mark.parametrize("kind", wire.TORCH_DTYPES.values())
+def test_int8_of_any_dtype_and_strides(kind: torch.dtype) -> None:
+    sent = noise(4, 3).to(kind).T
+    again = encode(sent.to(torch.float32).contiguous(), wire.INT8)
+    assert encode(sent, wire.INT8) == again
+
+
+def test_the_bytes_of_int8() -> None:
+    message = encode(torch.tensor([[127.0, -2.0], [0.0, 254.0]]), wire.INT8)
+    assert message.data == bytes([127, 0xFE, 0, 127])
+    assert message.scales == np.array([1, 2], "<f4").tobytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e39])
+def test_int8_of_what_is_not_finite_is_refused(value: float) -> None:
+    tensor = noise(3, 4).double()
+    tensor[2, 3] = value
+    with pytest.raises(WireError, match="codes: holds NaN or infinity in a scale"):
+        decode(encode(tensor, wire.INT8, 2), dtype=wire.INT8, shape=(3, 4), what="codes", groups=2)
+
+
+def test_int8_of_the_largest_numbers_comes_back_finite() -> None:
+    sent = torch.tensor([[torch.finfo(torch.float32).max, torch.finfo(torch.float32).min]])
+    got = decode(encode(sent, wire.INT8), dtype=wire.INT8, shape=(1, 2), what="it")
+    assert got.isfinite().all() and ((got - sent).abs() <= sent.abs() / 254).all()
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (scaled(bytes(6), []), "it: 0 bytes of scales, expected 8"),
+        (scaled(bytes(6), [1]), "it: 4 bytes of scales, expected 8"),
+        (scaled(bytes(6), [1] * 3), "it: 12 bytes of scales, expected 8"),
+        (scaled(bytes(6), [1, -1]), "it: a scale is negative"),
+        (scaled(bytes(6), [1, np.nan]), "it: holds NaN or infinity"),
+        (scaled(bytes(6), [1, np.inf]), "it: holds NaN or infinity"),
+        (scaled(bytes(6), [1, -np.inf]), "it: holds NaN or infinity"),
+        (scaled(bytes(6), [1, 2.7e36]), "it: a scale is so large that 127 times it is infinite"),
+        (scaled(bytes(5) + b"\x80", [1, 1]), "it: holds -128"),
+        (scaled(bytes(5), [1, 1]), "it: 5 bytes of data, expected 6"),
+        (scaled(bytes(6), [1, 1], (3, 2)), r"it: shape is \(3, 2\), expected \(2, 3\)"),
+        (pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2, 3], data=bytes(24)), "agreed on int8"),
+    ],
+)
+def test_int8_that_cannot_be(message: pb.Tensor, words: str) -> None:
+    with pytest.raises(WireError, match=words):
+        decode(message, dtype=wire.INT8, shape=(2, 3), what="it")
+
+
+def test_int8_that_was_not_agreed() -> None:
+    with pytest.raises(WireError, match="it: dtype is int8, this session agreed on bfloat16"):
+        decode(scaled(bytes(6), [1, 1]), dtype=pb.DTYPE_BFLOAT16, shape=(2, 3), what="it")
+
+
+@given(data=st.binary(min_size=6, max_size=6), scales=st.binary(min_size=8, max_size=8))
+def test_any_bytes_are_int8_or_an_error(data: bytes, scales: bytes) -> None:
+    message = pb.Tensor(dtype=wire.INT8, shape=[2, 3], data=data, scales=scales)
+    try:
+        got = decode(message, dtype=wire.INT8, shape=(2, 3), what="it")
+    except WireError:
+        return
+    assert got.shape == (2, 3) and got.isfinite().all()
 
 
 def test_dtypes_have_names() -> None:

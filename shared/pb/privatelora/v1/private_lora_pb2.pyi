@@ -37,6 +37,8 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     DTYPE_BFLOAT16: _Dtype.ValueType  # 3
     DTYPE_FLOAT64: _Dtype.ValueType  # 4
     """For tests, and for clouds that compute in it."""
+    DTYPE_INT8: _Dtype.ValueType  # 5
+    """Whole numbers from -127 to 127, times a scale. On a Decode stream only."""
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Dtype names the element type of a tensor's bytes."""
@@ -47,6 +49,8 @@ DTYPE_FLOAT16: Dtype.ValueType  # 2
 DTYPE_BFLOAT16: Dtype.ValueType  # 3
 DTYPE_FLOAT64: Dtype.ValueType  # 4
 """For tests, and for clouds that compute in it."""
+DTYPE_INT8: Dtype.ValueType  # 5
+"""Whole numbers from -127 to 127, times a scale. On a Decode stream only."""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 @_typing.final
@@ -58,8 +62,14 @@ class Tensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    SCALES_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     data: _builtins.bytes
+    scales: _builtins.bytes
+    """Of DTYPE_INT8 only: raw little-endian float32, not negative, and 127 times
+    each is finite. One for each row; for codes and residual codes one for
+    each group of each row, in that order.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -68,10 +78,11 @@ class Tensor(_message.Message):
         dtype: Global___Dtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
+        scales: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "scales", b"scales", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,11 +385,22 @@ class Open(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     WIRE_DTYPE_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    HIDDEN_DTYPE_FIELD_NUMBER: _builtins.int
+    CODES_DTYPE_FIELD_NUMBER: _builtins.int
+    RESIDUAL_CODES_DTYPE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     wire_dtype: Global___Dtype.ValueType
-    """Element type of every tensor in this session, both ways."""
+    """Element type of every tensor in this session, both ways, but for those
+    that are named below.
+    """
     session_id: _builtins.bytes
     """Empty for a new session; else the id of a dropped one, still in grace."""
+    hidden_dtype: Global___Dtype.ValueType
+    """Element type of h0 and hL; unspecified: wire_dtype."""
+    codes_dtype: Global___Dtype.ValueType
+    """Element type of codes; unspecified: wire_dtype."""
+    residual_codes_dtype: Global___Dtype.ValueType
+    """Element type of residual codes; unspecified: wire_dtype."""
     @_builtins.property
     def fingerprint(self) -> Global___Fingerprint:
         """What the edge's adapter was made for; compared before any activation."""
@@ -390,10 +412,13 @@ class Open(_message.Message):
         fingerprint: Global___Fingerprint | None = ...,
         wire_dtype: Global___Dtype.ValueType = ...,
         session_id: _builtins.bytes = ...,
+        hidden_dtype: Global___Dtype.ValueType = ...,
+        codes_dtype: Global___Dtype.ValueType = ...,
+        residual_codes_dtype: Global___Dtype.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "protocol_version", b"protocol_version", "session_id", b"session_id", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes_dtype", b"codes_dtype", "fingerprint", b"fingerprint", "hidden_dtype", b"hidden_dtype", "protocol_version", b"protocol_version", "residual_codes_dtype", b"residual_codes_dtype", "session_id", b"session_id", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,7 +739,9 @@ class TuneOpen(_message.Message):
     WIRE_DTYPE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     wire_dtype: Global___Dtype.ValueType
-    """Element type of every tensor, both ways. Gradients underflow in float16."""
+    """Element type of every tensor, both ways. Gradients underflow in float16
+    and do not take int8's rounding.
+    """
     @_builtins.property
     def fingerprint(self) -> Global___Fingerprint: ...
     def __init__(
