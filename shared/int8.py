@@ -47,12 +47,12 @@ def quantise(runs: "npt.NDArray[Any]") -> tuple[Whole, Array]:
         Scales ``(runs,)``, positive. That of a run that holds NaN or infinity is not finite, and its
         numbers mean nothing: whoever takes it has to refuse such a scale.
     """
-    scales: Array = np.max(np.abs(runs), axis=1) / np.float32(LARGEST)  # (runs,), NaN where a run holds one
+    most = np.maximum.reduce(np.abs(runs), axis=1)  # (runs,), NaN where a run holds one
+    scales: Array = most / np.float32(LARGEST)
     scales = np.maximum((scales.view(np.uint32) & _SEVENTEEN_BITS).view(np.float32), SMALLEST_SCALE)
     with np.errstate(invalid="ignore"):
         whole = np.divide(runs, scales[:, None], dtype=np.float64)  # (runs, length)
-        np.clip(np.rint(whole, out=whole), -LARGEST, LARGEST, out=whole)
-        return whole.astype(np.int8), scales
+        return np.rint(whole, out=whole).astype(np.int8), scales  # max|x| / scale is at most 127 + 2^-8
 
 
 def restore(whole: Whole, scales: Array) -> Array:

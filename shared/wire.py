@@ -180,7 +180,7 @@ def _decode_int8(message: pb.Tensor, shape: Sequence[int], what: str, groups: in
             raise WireError(f"{what}: holds NaN or infinity in a scale; every element must be finite")
         wrong = "negative" if (scales < 0).any() else f"so large that {int8.LARGEST} times it is infinite"
         raise WireError(f"{what}: a scale is {wrong}")
-    if whole.size and whole.min() < -int8.LARGEST:
+    if whole.size and np.minimum.reduce(whole) < -int8.LARGEST:
         raise WireError(f"{what}: holds -128; int8 goes from -{int8.LARGEST} to {int8.LARGEST}")
     return int8.restore(whole.reshape(runs, length), scales).reshape(shape)
 

@@ -143,6 +143,8 @@ class Cloud:
         Fields of `EngineConfig` that are not the default.
     kv_bytes
         Budget of the KV cache in bytes.
+    dtype
+        What the backbone computes in.
     """
 
     def __init__(
@@ -151,9 +153,10 @@ class Cloud:
         plans: Sequence[tuple[Plan, LowRank]],
         engine: Mapping[str, Any] | None = None,
         kv_bytes: int = 16 << 20,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.checkpoint: Checkpoint = resolve(str(folder), progress=False)
-        self.backbone = Backbone(self.checkpoint, {plan.name: (plan, ab) for plan, ab in plans})
+        self.backbone = Backbone(self.checkpoint, {plan.name: (plan, ab) for plan, ab in plans}, dtype=dtype)
         b = self.backbone
         self.cache = KvCache(b.geometry, b.served, kv_bytes, b.dtype, b.device)
         self._config = EngineConfig(**engine or {})

@@ -99,6 +99,19 @@ def test_wrong_settings_are_named(tmp_path, text, message):
         load_config(file)
 
 
+def test_each_kind_of_tensor_may_travel_otherwise(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('wire_dtype = "bfloat16"\nresidual_codes_wire_dtype = "int8"\n')
+    settings = load_config(file)
+    assert (settings.wire_dtype, settings.hidden_wire_dtype) == ("bfloat16", None)
+    assert (settings.codes_wire_dtype, settings.residual_codes_wire_dtype) == (None, "int8")
+    assert load_config(file, wire_dtype="int8").wire_dtype == "int8"
+    for field in ("codes_wire_dtype = 'int4'", "dtype = 'int8'"):  # nobody computes in it
+        file.write_text(field)
+        with pytest.raises(SettingsError, match=field.partition(" ")[0]):
+            load_config(file)
+
+
 def test_a_device_that_is_not_there_is_named_before_anything_is_sent():
     result = CliRunner().invoke(cli.app, ["generate", "--prompt", "Hi", "--device", "cuda:99"])
     assert result.exit_code == 1 and "cannot compute on device 'cuda:99'" in result.stderr

@@ -4,36 +4,59 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
+import pytest
+
 from cloud_server.config import CloudConfig
 from cloud_server.handshake import Offer, fingerprint_message
 from cloud_server.service import Service
-from shared import PROTOCOL_VERSION
+from cloud_server.session import Refusal
+from shared import PROTOCOL_VERSION, wire
 from shared.fingerprint import Fingerprint, plan_digest
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.wire_dtypes import WireDtypes
 from tests.unit.session_talk import LIMITS, PLAN, StandIn
 
 FINGERPRINT = Fingerprint(plan=plan_digest(PLAN), lowrank=bytes(32), layers=bytes(32), edge=bytes(32))
 
 
-def hello(session_id: bytes = b"") -> pb.DecodeRequest:
+def hello(session_id: bytes = b"", **dtypes: Any) -> pb.DecodeRequest:
     return pb.DecodeRequest(
         open=pb.Open(
             protocol_version=PROTOCOL_VERSION,
             fingerprint=fingerprint_message(FINGERPRINT),
             wire_dtype=pb.DTYPE_FLOAT32,
             session_id=session_id,
+            **dtypes,
         )
     )
 
 
-def test_the_time_that_a_session_was_dropped_is_no_silence() -> None:
-    """Else it would be cut off as soon as it is back, if that time is longer than a cloud's patience."""
+def new_service() -> Service:
     engine: Any = StandIn(8)
     engine.config, engine.wake = SimpleNamespace(slice_s=0.005), lambda: None
-    service = Service(CloudConfig(), engine, {FINGERPRINT.plan: Offer(PLAN, FINGERPRINT)}, [], LIMITS)
+    return Service(CloudConfig(), engine, {FINGERPRINT.plan: Offer(PLAN, FINGERPRINT)}, [], LIMITS)
+
+
+def test_the_time_that_a_session_was_dropped_is_no_silence() -> None:
+    """Else it would be cut off as soon as it is back, if that time is longer than a cloud's patience."""
+    service = new_service()
     session = service._open(hello())
     session.heard_at -= 10_000
     session.drop()
     before = time.monotonic()
     again = service._open(hello(session.id))
     assert again is session and again.heard_at >= before
+
+
+def test_a_session_that_is_picked_up_again_may_travel_otherwise() -> None:
+    service = new_service()
+    session = service._open(hello())
+    assert session.wire_dtypes == WireDtypes.all(pb.DTYPE_FLOAT32)
+    session.drop()
+    service._open(hello(session.id, codes_dtype=wire.INT8))
+    assert session.wire_dtypes == WireDtypes.named("float32", codes="int8")
+    session.drop()
+    with pytest.raises(Refusal, match="codes dtype must be one of") as refusal:
+        service._open(hello(session.id, codes_dtype=17))
+    assert refusal.value.code is grpc.StatusCode.INVALID_ARGUMENT and session.dropped_at is not None

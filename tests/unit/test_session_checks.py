@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
 
 from cloud_server.session import Refusal
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.wire_dtypes import WireDtypes
 from tests.unit.session_talk import UINT32, UINT64, WIDTH, Talk, two_rows, zeros
 
 Code = grpc.StatusCode
@@ -192,3 +194,57 @@ def test_answers_are_checked_like_steps(talk: Talk, codes: pb.Tensor, words: str
     with pytest.raises(Refusal, match=words) as refusal:
         talk.answer((0, codes))
     assert refusal.value.code is Code.INVALID_ARGUMENT and talk.engine.answers == []
+
+
+# --- int8 ---------------------------------------------------------------------------------------------------
+
+
+def scaled(rows: int, width: int, *scales: float) -> pb.Tensor:
+    raw = np.array(scales, "<f4").tobytes()
+    return pb.Tensor(dtype=wire.INT8, shape=[rows, width], data=bytes(rows * width), scales=raw)
+
+
+BAD_SCALES: dict[str, tuple[list[float], str]] = {
+    "none": ([], r"0 bytes of scales, expected \d+"),
+    "too few": ([1], r"4 bytes of scales, expected \d+"),
+    "too many": ([1] * 7, r"28 bytes of scales, expected \d+"),
+    "negative": ([1, -1], "a scale is negative"),
+    "not a number": ([1, float("nan")], "holds NaN or infinity"),
+    "infinite": ([1, float("inf")], "holds NaN or infinity"),
+    "too large": ([1, 3e36], "a scale is so large that 127 times it is infinite"),
+}
+
+
+@pytest.mark.parametrize(("scales", "words"), BAD_SCALES.values(), ids=BAD_SCALES)
+def test_scales_that_cannot_be(scales: list[float], words: str) -> None:
+    talk = Talk(dtypes=WireDtypes.all(wire.INT8))
+    talk.step((0, 0, 2, 1), hidden=scaled(2, WIDTH, 1, 1))
+    talk.refuses(Code.INVALID_ARGUMENT, f"^hidden: {words}", (0, 2, 2, 1), hidden=scaled(2, WIDTH, *scales))
+    talk.stand(talk.engine.steps[-1], 0)
+    of_groups = scales if len(scales) != 2 else [*scales, 1, 1, 1, 1]  # three groups in each of two rows
+    with pytest.raises(Refusal, match=f"^residual codes of layer 0: {words}") as refusal:
+        talk.answer((0, scaled(2, 9, *of_groups)))
+    assert refusal.value.code is Code.INVALID_ARGUMENT and talk.engine.answers == []
+    talk.answer((0, scaled(2, 9, *[1] * 6)))
+    assert talk.engine.answers == [(1, [0])]
+
+
+def test_int8_that_was_not_agreed(talk: Talk) -> None:
+    words = "^hidden: dtype is int8, this session agreed on float32"
+    talk.refuses(Code.INVALID_ARGUMENT, words, *NEXT, hidden=scaled(2, WIDTH, 1, 1))
+    talk.stand(talk.step(*NEXT), 0)
+    with pytest.raises(Refusal, match="^residual codes of layer 0: dtype is int8"):
+        talk.answer((0, scaled(2, 9, *[1] * 6)))
+
+
+def test_each_kind_has_its_dtype() -> None:
+    talk = Talk(dtypes=WireDtypes.named("float32", codes="float16", residual_codes="int8"))
+    step = talk.step((0, 0, 2, 1))
+    talk.stand(step, 0)
+    with pytest.raises(Refusal, match="layer 0: dtype is float32, this session agreed on int8"):
+        talk.answer((0, zeros(2, 9)))
+    talk.answer((0, scaled(2, 9, *[1] * 6)))
+    step.on_codes(step, 2, torch.ones(2, 6))
+    talk.finish(step)
+    sent = list(talk.session.outbox._messages)
+    assert sent[0].codes.codes.dtype == pb.DTYPE_FLOAT16 and sent[1].hidden.hidden.dtype == pb.DTYPE_FLOAT32

@@ -243,9 +243,11 @@ def test_a_run_belongs_to_one_process(fake, data):
     assert run("--data", data, *QUICK).exit_code == 0
 
 
-def test_half_precision_on_the_wire_is_refused(fake, data):
+def test_what_cannot_carry_gradients_is_refused(fake, data):
     result = run("--data", data, *QUICK, "--wire-dtype", "float16")
-    assert result.exit_code == 1 and "float16 cannot carry gradients" in result.stderr
+    assert result.exit_code == 1 and "float16 cannot carry gradients, which underflow" in result.stderr
+    result = run("--data", data, *QUICK, "--wire-dtype", "int8")
+    assert result.exit_code == 1 and "int8 cannot carry gradients, for which" in result.stderr
     assert not fake.streams
     half, single = run_module.wire_for(None, torch.float16), run_module.wire_for(None, torch.float32)
     assert half == single != run_module.wire_for(None, torch.bfloat16)

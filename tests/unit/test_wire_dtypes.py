@@ -1,8 +1,10 @@
 """What a session's tensors travel in: as asked, by kind, with the one for all where nothing is said."""
 
 import pytest
+import torch
 
 from edge_client.wire_cost import WireCost, wire_cost
+from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
@@ -55,3 +57,31 @@ def test_the_cost_counts_each_kind_and_its_scales() -> None:
         down=(8 + 6 + 18 + 5) + (6 * 2 + 20 + 5),
         round_trips=2,
     )
+
+
+@pytest.mark.parametrize("names", [("float32",), ("int8",), ("bfloat16", "int8", "bfloat16", "int8")])
+def test_the_cost_is_what_messages_take(names: tuple[str, ...]) -> None:
+    """Of a plan as large as the demo's; a byte or two a message depend on step numbers and sizes."""
+    layers = tuple(range(30))
+    plan = Plan.subset(layers, name="p", backbone="b", num_layers=30, hidden_size=576, rank=64)
+    dtypes = WireDtypes.named(*names)
+    step, down = 300, 0
+    request = pb.DecodeRequest(step=pb.Step(step=step, spans=[pb.Span(row=0, start=300, count=1, keep=1)]))
+    wire.fill(request.step.hidden, torch.randn(1, 576), dtypes.hidden)
+    up = 0
+    for layer in layers:
+        z = pb.LayerCodes(layer=layer)
+        wire.fill(z.codes, torch.randn(1, plan.residual_width), dtypes.residual_codes, plan.groups)
+        if layer == 0:
+            request.step.residual_codes.append(z)
+            up += request.ByteSize() + wire.FRAME_BYTES
+            continue
+        answer = pb.DecodeRequest(residual_codes=pb.ResidualCodes(step=step, residual_codes=[z]))
+        response = pb.DecodeResponse(codes=pb.Codes(step=step, layer=layer))
+        wire.fill(response.codes.codes, torch.randn(1, plan.codes_width), dtypes.codes, plan.groups)
+        up, down = up + answer.ByteSize() + wire.FRAME_BYTES, down + response.ByteSize() + wire.FRAME_BYTES
+    last = pb.DecodeResponse(hidden=pb.Hidden(step=step))
+    wire.fill(last.hidden.hidden, torch.randn(1, 576), dtypes.hidden)
+    down += last.ByteSize() + wire.FRAME_BYTES
+    cost = wire_cost(plan, dtypes)
+    assert cost.up == pytest.approx(up, rel=0.01) and cost.down == pytest.approx(down, rel=0.01)
