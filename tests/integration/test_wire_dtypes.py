@@ -1,5 +1,6 @@
 """Two processes whose tensors travel as int8: the same tokens each time, the formula's bytes, refusals."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,15 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from edge_client import cli
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.wire_cost import wire_cost
 from shared.adapter import Adapter
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 from tests.families import prompts
 from tests.integration.raw_edge import RawEdge
 from tests.integration.served import Served
@@ -71,6 +76,26 @@ def test_int8_is_near_and_not_the_same(open_edge: Any) -> None:
             logits.append(edge(PROMPT).logits[0])
     spread, apart = logits[0].std(), (logits[1] - logits[0]).square().mean().sqrt()
     assert 0 < apart < 0.2 * spread
+
+
+def test_the_command_line_asks_for_what_the_settings_say(
+    tiny_cloud: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRIVATELORA_CONFIG_DIR", str(tmp_path / "config"))
+    settings = tmp_path / "mine.toml"
+    settings.write_text('hidden_wire_dtype = "int8"\nresidual_codes_wire_dtype = "int8"\n')
+    flags = ["--cloud", tiny_cloud.address, "--cache-dir", str(tmp_path / "cache"), "--plan", "r8"]
+    flags += ["--config", str(settings), "--wire-dtype", "float16", "--json", "--raw", "--temperature", "0"]
+    flags += ["--draft-tokens", "0", "--max-new-tokens", "20", "--prompt", "What travels?"]
+    result = CliRunner().invoke(cli.app, ["generate", *flags])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    with tiny_cloud.raw() as raw:
+        plan = Plan.parse(raw.offers["r8"].plan_json)
+    cost = wire_cost(plan, WireDtypes.named("float16", hidden="int8", residual_codes="int8"))
+    assert found["bytes_up_per_token"] == pytest.approx(cost.up, rel=0.08)
+    assert found["bytes_down_per_token"] == pytest.approx(cost.down, rel=0.08)
+    assert found["full_bytes_per_token"] == 2 * (48 + 4) * 4  # four layers, both ways
 
 
 # --- by hand ------------------------------------------------------------------------------------------------
