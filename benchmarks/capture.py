@@ -78,11 +78,15 @@ class Recording:
 def rows(tensor: pb.Tensor) -> Rows:
     """Return a tensor message as float32 rows, as anyone who has the proto file can."""
     data = tensor.data
-    if tensor.dtype == pb.DTYPE_BFLOAT16:  # the upper half of a float32
+    if tensor.dtype == pb.DTYPE_INT8:  # a scale for each row, or for each group of one
+        scales = np.frombuffer(tensor.scales, "<f4")
+        flat = (np.frombuffer(data, "<i1").reshape(len(scales), -1) * scales[:, None]).astype(np.float32)
+    elif tensor.dtype == pb.DTYPE_BFLOAT16:  # the upper half of a float32
         flat = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
         flat = np.frombuffer(data, "<f2" if tensor.dtype == pb.DTYPE_FLOAT16 else "<f4").astype(np.float32)
-    return flat.reshape(tuple(tensor.shape))
+    shaped: Rows = flat.reshape(tuple(tensor.shape))
+    return shaped
 
 
 class Relay(grpc.GenericRpcHandler):
