@@ -39,6 +39,7 @@ from edge_client.flags import (
     one_line_errors,
 )
 from edge_client.plain import printable
+from edge_client.plan_cli import plan
 from edge_client.tune_cli import tune
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def chat(
 
 # After the commands above, so that help lists them first. Imports torch only when a command needs it.
 app.command()(tune)
+app.command()(plan)
 app.add_typer(adapter_app, name="adapter")
 
 

@@ -96,6 +96,28 @@ def fetch(
         If the cloud sends too much, too little or other bytes than the manifest says; or the disk is full.
     """
     needed = list(manifest) if plan is None else parts_of(plan, manifest)
+    return _fetch_these(source, manifest, needed, cache_dir, progress)
+
+
+def fetch_config(source: Source, manifest: Sequence[EdgePart], cache_dir: Path | None = None) -> Path:
+    """Return a folder that holds config.json alone: all that is needed to know a model's sizes.
+
+    Raises
+    ------
+    EdgePartsError
+        As `fetch`.
+    """
+    needed = [part for part in manifest if part.name == "config.json"]
+    return _fetch_these(source, manifest, needed, cache_dir, progress=False)
+
+
+def _fetch_these(
+    source: Source,
+    manifest: Sequence[EdgePart],
+    needed: Sequence[EdgePart],
+    cache_dir: Path | None,
+    progress: bool,
+) -> Path:
     folder = cache_folder(cache_dir) / "edge" / edge_digest(needed).hex()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "parts"):

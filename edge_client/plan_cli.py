@@ -1,0 +1,148 @@
+"""``privatelora-edge plan``: what each plan will do on these devices over this link, and which one to use."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edge_client.flags import (
+    AsJson,
+    CacheDir,
+    Cloud,
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    WireDtype,
+    one_line_errors,
+)
+
+if TYPE_CHECKING:
+    from edge_client.planning.network import LinkFacts
+
+
+def plan(
+    cloud: Cloud = None,
+    link: Annotated[
+        str | None,
+        typer.Option("--link", metavar="NAME", help="Predict for loopback, wifi, 5g or wan, not this link."),
+    ] = None,
+    rtt_ms: Annotated[
+        float | None, typer.Option("--rtt-ms", min=0, help="Round-trip time (ms); measured by default.")
+    ] = None,
+    up_mbit: Annotated[
+        float | None, typer.Option("--up-mbit", help="Rate to the cloud (Mbit/s); measured by default.")
+    ] = None,
+    down_mbit: Annotated[
+        float | None, typer.Option("--down-mbit", help="Rate from the cloud (Mbit/s); measured by default.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Prompt to predict the first token of.")
+    ] = 512,
+    context: Annotated[
+        int, typer.Option("--context", metavar="N", min=1, help="Positions a session holds (for memory).")
+    ] = 1024,
+    positions: Annotated[
+        int,
+        typer.Option("--positions", metavar="N", min=1, help="Of a step: one and those guessed ahead."),
+    ] = 1,
+    tokens_per_step: Annotated[
+        float, typer.Option("--tokens-per-step", metavar="X", min=1, help="That these positions yield.")
+    ] = 1.0,
+    memory_mib: Annotated[
+        float | None, typer.Option("--memory-mib", metavar="X", help="This side's room for a plan (MiB).")
+    ] = None,
+    busy_watt: Annotated[
+        float, typer.Option("--busy-watt", min=0, help="This side's power while it computes; assumed.")
+    ] = 10.0,
+    idle_watt: Annotated[
+        float, typer.Option("--idle-watt", min=0, help="This side's power while it waits; assumed.")
+    ] = 2.0,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Only the paper's own estimates, and what a real link makes of them."),
+    ] = False,
+    wire_dtype: WireDtype = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Predict speed, bytes and memory of every plan, and recommend one. Sends random numbers only.
+
+    Times this side and, over the live connection, the cloud and the link; that takes some seconds, and longer
+    where round trips are long. The cloud's model is not fetched, nor any adapter read.
+    """
+    with one_line_errors(debug):
+        if paper:
+            _paper(as_json)
+            return
+        from edge_client.config import SettingsError, load_config
+
+        if tokens_per_step > positions:
+            raise SettingsError(f"a step of {positions} positions cannot yield {tokens_per_step:g} tokens")
+        flags = {"cloud": cloud, "wire_dtype": wire_dtype, "dtype": dtype, "device": device}
+        settings = load_config(config, **flags, cache_dir=cache_dir)
+        chosen = _link(link)
+        from edge_client.planning.report import document, show
+        from edge_client.planning.speeds import Drafting, Power
+        from edge_client.planning.survey import Survey
+
+        survey = Survey.take(settings)
+        over = _altered(chosen or survey.link, rtt_ms, up_mbit, down_mbit)
+        setting = survey.setting(
+            over,
+            prompt_tokens=prompt_tokens,
+            context_tokens=context,
+            drafting=Drafting(positions=positions, tokens_per_step=tokens_per_step),
+            power=Power(busy_w=busy_watt, idle_w=idle_watt),
+        )
+        memory = None if memory_mib is None else int(memory_mib * 2**20)
+        found = document(survey, setting, memory)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            show(found)
+
+
+def _link(name: str | None) -> "LinkFacts | None":
+    from edge_client.config import SettingsError
+    from edge_client.planning.network import LINKS
+
+    if name is not None and name not in LINKS:
+        raise SettingsError(f"no link is called {name!r}; there are {', '.join(LINKS)}")
+    return LINKS[name] if name is not None else None
+
+
+def _altered(
+    link: "LinkFacts", rtt_ms: float | None, up_mbit: float | None, down_mbit: float | None
+) -> "LinkFacts":
+    from pydantic import ValidationError
+
+    from edge_client.config import SettingsError
+
+    changes: dict[str, Any] = {}
+    if rtt_ms is not None:
+        changes["rtt_s"] = rtt_ms / 1e3
+    if up_mbit is not None:
+        changes["up_bit_s"] = up_mbit * 1e6
+    if down_mbit is not None:
+        changes["down_bit_s"] = down_mbit * 1e6
+    if not changes:
+        return link
+    try:
+        return type(link).model_validate({**link.model_dump(), **changes, "name": "given"})
+    except ValidationError:
+        raise SettingsError("--up-mbit and --down-mbit must be above 0") from None
+
+
+def _paper(as_json: bool) -> None:
+    from edge_client.planning.paper_table import document, show
+
+    found = document()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show(found)
