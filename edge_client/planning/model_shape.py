@@ -75,6 +75,7 @@ class EdgeCost(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    resident_layers: int = Field(description="Decoder layers on the edge (count)")
     shell_bytes: int = Field(description="Embedding, final norm and head (bytes)")
     resident_bytes: int = Field(description="Decoder layers on the edge, without LoRA (bytes)")
     personal_bytes: int = Field(description="M, LoRA factors and A of the first codes (bytes)")
@@ -111,6 +112,7 @@ def edge_cost(shape: ModelShape, plan: Plan, element_bytes: int, context_tokens:
     layer = shape.layer_flops(context_tokens)
     norms = 2 * shape.hidden_size
     return EdgeCost(
+        resident_layers=resident,
         shell_bytes=(shape.head_weights * (1 if shape.tied_head else 2) + shape.hidden_size) * element_bytes,
         resident_bytes=resident * (shape.layer_weights + norms) * element_bytes,
         personal_bytes=(m + lora + first) * PERSONAL_BYTES,

@@ -76,7 +76,9 @@ def recommend(
 
 def _fits(prediction: Prediction, memory_bytes: int | None) -> bool:
     small = memory_bytes is None or prediction.edge.memory_bytes <= memory_bytes
-    return small and prediction.edge.backbone_share <= EDGE_SHARE
+    edge = prediction.edge
+    # One layer is allowed whatever it is of a small model, as `Plan.one_trip` has it.
+    return small and (edge.resident_layers <= 1 or edge.backbone_share <= EDGE_SHARE)
 
 
 def _asks(prediction: Prediction) -> str:

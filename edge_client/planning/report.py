@@ -12,6 +12,9 @@ from edge_client.planning.recommend import recommend
 from edge_client.planning.survey import Survey
 
 NOT_MEASURED = "not measured"
+COLUMNS = (
+    "plan", "tok/s", "first, s", "prefill, tok/s", "trips", "kB up", "kB down", "MiB", "GFLOP", "share", "J",
+)  # fmt: skip
 
 
 def document(survey: Survey, setting: Setting, memory_bytes: int | None = None) -> dict[str, Any]:
@@ -31,12 +34,8 @@ def document(survey: Survey, setting: Setting, memory_bytes: int | None = None) 
     return {
         "cloud": survey.cloud_address,
         "link": setting.link.model_dump(),
-        "measured": {
-            "link": survey.link.model_dump(),
-            "cloud": survey.cloud.model_dump(),
-            "edge": survey.edge.model_dump(),
-        },
-        "setting": setting.model_dump(include={"prompt_tokens", "context_tokens", "drafting", "power"}),
+        "measured_link": survey.link.model_dump(),
+        "setting": setting.model_dump(mode="json"),
         "plans": [
             {
                 **found.model_dump(),
@@ -63,37 +62,29 @@ def show(found: dict[str, Any]) -> None:
     )
     setting = found["setting"]
     table = Table(title="predictions (* could be offered, is not)", title_justify="left")
-    for name in (
-        "plan",
-        "tok/s",
-        "first token",
-        "prefill",
-        "trips",
-        "up + down",
-        "memory",
-        "FLOPs",
-        "energy",
-    ):
-        table.add_column(name, justify="left" if name == "plan" else "right")
+    for place, name in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if place else "left", no_wrap=place == 0)
     for plan in found["plans"]:
         edge = plan["edge"]
         table.add_row(
             printable(plan["plan"]) + ("" if plan["offered"] else " *"),
-            f"{plan['decode_tok_s']:.3g}",
-            f"{plan['time_to_first_token_s']:.3g} s",
-            f"{plan['prefill_tok_s']:.3g} tok/s",
+            f"{plan['decode_tok_s']:.2f}",
+            f"{plan['time_to_first_token_s']:.2f}",
+            f"{plan['prefill_tok_s']:.0f}",
             f"{plan['round_trips_per_token']:.3g}",
-            f"{plan['bytes_up_per_token'] / 1e3:.1f} + {plan['bytes_down_per_token'] / 1e3:.1f} kB",
-            f"{plan['edge_memory_bytes'] / 2**20:.0f} MiB",
-            f"{edge['flops_per_token'] / 1e9:.3g} G ({edge['backbone_share']:.0%})",
-            f"{plan['energy_per_token_j']:.2g} J",
+            f"{plan['bytes_up_per_token'] / 1e3:.1f}",
+            f"{plan['bytes_down_per_token'] / 1e3:.1f}",
+            f"{plan['edge_memory_bytes'] / 2**20:.0f}",
+            f"{edge['flops_per_token'] / 1e9:.3f}",
+            f"{edge['backbone_share']:.0%}",
+            f"{plan['energy_per_token_j']:.2f}",
         )
     console.print(table)
     drafting, power = setting["drafting"], setting["power"]
     console.print(
         f"First token of {setting['prompt_tokens']} tokens; {drafting['tokens_per_step']:g} tokens a step of "
-        f"{drafting['positions']} positions. Trips, bytes, FLOPs and energy are for one decoded token; "
-        "memory, FLOPs (and the share of the backbone's) and energy are this side's. Energy assumes "
+        f"{drafting['positions']} positions. Trips, bytes, operations and energy are for one decoded token; "
+        "memory, operations (share: of the backbone's) and energy are this side's. Energy assumes "
         f"{power['busy_w']:g} W while computing and {power['idle_w']:g} W while waiting.",
         soft_wrap=True,
     )

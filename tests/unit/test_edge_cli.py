@@ -305,7 +305,7 @@ def test_chat_goes_on_after_errors_and_commands(run):
 def test_help_is_there_without_torch():
     code = "import sys; from edge_client import cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
-    for command in ("generate", "chat", "info", "tune"):
+    for command in ("generate", "chat", "info", "tune", "plan"):
         assert "--cloud" in CliRunner().invoke(cli.app, [command, "--help"]).output
 
 

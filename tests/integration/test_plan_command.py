@@ -1,0 +1,44 @@
+"""``privatelora-edge plan`` against a real cloud: what it leaves there, fetches and says."""
+
+from pathlib import Path
+
+from benchmarks.processes import edge_json, run_edge
+from edge_client.planning.predict import Setting, predict
+from edge_client.wire_cost import wire_cost
+from shared.plan import Plan
+from tests.integration.served import Served
+
+
+def test_every_offered_plan_is_predicted(tiny_cloud: Served, tmp_path: Path) -> None:
+    found = edge_json(
+        *("plan", "--cloud", tiny_cloud.address, "--cache-dir", str(tmp_path)),
+        *("--rtt-ms", "80", "--up-mbit", "60", "--down-mbit", "100"),
+    )
+    with tiny_cloud.raw() as edge:
+        offers = {name: Plan.parse(offer.plan_json) for name, offer in edge.offers.items()}
+        assert edge.settled(), "the sessions that were timed still hold KV"
+    predicted = {plan["plan"]: plan for plan in found["plans"] if plan["offered"]}
+    assert predicted.keys() == offers.keys() and found["recommended"] in offers
+    setting = Setting.model_validate(found["setting"])
+    assert setting.link.rtt_s == 0.08 and found["measured_link"]["rtt_s"] < 0.08
+    assert setting.cloud.layer.one_s > 0 and setting.edge.head.one_s > 0
+    for name, plan in offers.items():
+        cost = wire_cost(plan, 4)
+        assert (predicted[name]["bytes_up_per_token"], predicted[name]["bytes_down_per_token"]) == (
+            cost.up,
+            cost.down,
+        )
+        again = predict(plan, setting)  # the document holds all that a prediction rests on
+        assert again.decode_tok_s == predicted[name]["decode_tok_s"]
+        assert predicted[name]["quality"] == "not measured"
+    assert any(not plan["offered"] for plan in found["plans"])
+    fetched = {path.name for path in (tmp_path / "edge").rglob("*.json")}
+    assert fetched == {"config.json"} and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_people_are_told_what_was_measured(tiny_cloud: Served, tmp_path: Path) -> None:
+    done = run_edge("plan", "--cloud", tiny_cloud.address, "--cache-dir", str(tmp_path), "--link", "5g")
+    assert done.returncode == 0, done.stderr
+    for said in ("over 5g: 20 ms round trip, 60 Mbit/s up, 100 Mbit/s down", "recommended: ", "not measured"):
+        assert said in done.stdout
+    assert "r8" in done.stdout and "Traceback" not in done.stderr
