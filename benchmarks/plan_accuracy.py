@@ -21,7 +21,7 @@ from edge_client.planning.predict import Setting, predict
 from shared.plan import Plan
 
 AIM = 0.15
-OFFERS = {
+OFFERS: dict[str, dict[str, Any]] = {
     "per-layer": {},
     "grouped": {"exchange_layers": [0, 8, 16, 24]},
     "subset": {"layers": [0, 8, 16, 24]},

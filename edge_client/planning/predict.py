@@ -1,10 +1,11 @@
 """What a plan will take: one formula for a step, used for decoding and for each chunk of a prompt.
 
-    step = round trips x (RTT + exchange)  +  bits / rate  +  layers in the cloud x layer(n)
-           + layers on the edge x layer(n)  +  head(n)  +  loop
+    step = round trips x RTT  +  message  +  (round trips - 1) x exchange(n)  +  bits / rate
+           + layers in the cloud x layer(n)
+           + layers on the edge x layer(n)  +  first codes(n)  +  head(n)  +  loop
 
-with n positions; ``exchange`` is what an exchange costs beyond the link's own time, a plain message for the
-trip that every step has. Tokens a second are the tokens that a step yields over the time of the step.
+with n positions; ``exchange`` is what an exchange costs beyond the link's own time, ``message`` what the one
+trip that every step has does. Tokens a second are the tokens that a step yields over the time of the step.
 Left out: a cloud computes an exchange's base products while the codes travel (a sixth of a layer, in the
 packaged model), attention grows with the context, other sessions share the cloud.
 """

@@ -66,7 +66,7 @@ def known(plan: Plan) -> tuple[Quality, ...]:
         return ()
     if plan.schedule == "per_layer":
         layout: str = plan.layout
-    elif _is_one_trip(plan):
+    elif is_one_trip(plan):
         layout = "one_trip"
     else:
         return ()
@@ -74,7 +74,7 @@ def known(plan: Plan) -> tuple[Quality, ...]:
     return tuple(q for q in table() if (q.backbone, q.layout, q.rank, q.initialiser) == key)
 
 
-def _is_one_trip(plan: Plan) -> bool:
+def is_one_trip(plan: Plan) -> bool:
     """Whether this is what `Plan.one_trip` makes, with its own LoRA."""
     if not plan.lora or plan.num_layers < 2:
         return False

@@ -306,6 +306,13 @@ def test_quality_is_known_of_the_very_plan_only():
         assert not quality.known(other)
 
 
+def test_the_plan_of_one_round_trip_is_recognised():
+    assert quality.is_one_trip(ONE_TRIP)
+    higher = Plan.one_trip(PRODUCTS, lora_rank=32, name="x", **FACTS)
+    without = Plan.subset((), name="x", head_layers=1, tail_layers=1, **FACTS)
+    assert not any(quality.is_one_trip(plan) for plan in (GROUPED, higher, without))
+
+
 # --- measuring ------------------------------------------------------------------------------------------
 
 
