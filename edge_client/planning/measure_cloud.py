@@ -28,6 +28,7 @@ from shared.adapter import Adapter
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.wire import TORCH_DTYPES, Array
+from shared.wire_dtypes import WireDtypes
 
 POSITIONS = 64  # of the longer of the two steps that are timed
 REPEATS = 5
@@ -62,7 +63,9 @@ class Timed:
         adapter = Adapter.zeros(*offer.plans[plan.name])
         personal = PersonalWeights(adapter) if exchanging else KnownCodes(adapter)
         message = fingerprint_message(offer.plans[plan.name][1])
-        self.session: Session = connection.open_session(personal, message, wire_dtype, offer.raw_limits)
+        self.session: Session = connection.open_session(
+            personal, message, WireDtypes.all(wire_dtype), offer.raw_limits
+        )
         self.plan, self.positions = plan, longest(plan, offer, TORCH_DTYPES[wire_dtype].itemsize)
         self._hidden = 0.02 * torch.randn(self.positions, plan.hidden_size)
         self._run(self.positions, 0)  # whatever is only done once
@@ -133,7 +136,7 @@ def measure_cloud(
         count = len(most.exchange_layers)  # the first one too: these sessions leave its codes to the cloud
 
         def exchange_s(taken: float, positions: int) -> float:
-            bits = link.transfer_s(*step_bytes(most, width, positions, 1))
+            bits = link.transfer_s(*step_bytes(most, WireDtypes.all(wire_dtype), positions, 1))
             rest = taken - call_s - bits - len(most.cloud_layers) * layer.at(positions)
             return max(0.0, rest / count - rtt_s)
 

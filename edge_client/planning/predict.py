@@ -17,7 +17,9 @@ from edge_client.planning.network import LinkFacts
 from edge_client.planning.speeds import FROZEN, CloudSpeed, Drafting, EdgeSpeed, Power
 from edge_client.session import MAX_TENSOR_BYTES
 from edge_client.wire_cost import wire_cost
+from shared.pb.privatelora.v1.private_lora_pb2 import DTYPE_FLOAT32
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 CHUNK_TOKENS = 512  # what a session cuts a prompt into, at most
 
@@ -31,7 +33,9 @@ class Setting(BaseModel):
     edge: EdgeSpeed
     cloud: CloudSpeed
     link: LinkFacts
-    wire_bytes: int = Field(default=4, ge=1, description="Of a number on the wire (bytes)")
+    wire: WireDtypes = Field(
+        default=WireDtypes.all(DTYPE_FLOAT32), description="What each kind of tensor travels in"
+    )
     edge_bytes: int = Field(default=4, ge=1, description="Of a number that the edge computes with (bytes)")
     prompt_tokens: int = Field(default=512, ge=1, description="Prompt that the first token waits for (count)")
     context_tokens: int = Field(default=1024, ge=1, description="Positions that a session holds (count)")
@@ -82,22 +86,23 @@ class UnknownSpeedError(ValueError):
     """A plan asks for something whose speed was not measured."""
 
 
-def step_bytes(plan: Plan, wire_bytes: int, positions: int, keep: int) -> tuple[int, int]:
+def step_bytes(plan: Plan, dtypes: WireDtypes, positions: int, keep: int) -> tuple[int, int]:
     """Return bytes up and down of a step; with one position that it keeps, those of `wire_cost`.
 
     Parameters
     ----------
     plan
         The split.
-    wire_bytes
-        Of a number on the wire.
+    dtypes
+        What each kind of tensor travels in.
     positions, keep
         Of the step; hL comes back for the last ``keep``.
     """
-    bare, one = wire_cost(plan, 0), wire_cost(plan, wire_bytes)
-    hidden = plan.hidden_size * wire_bytes
-    codes = one.down - bare.down - hidden
-    return bare.up + positions * (one.up - bare.up), bare.down + positions * codes + keep * hidden
+    one, hidden = wire_cost(plan, dtypes), dtypes.hidden_bytes(plan)
+    codes = (len(plan.exchange_layers) - plan.first_codes_on_edge) * dtypes.codes_bytes(plan)
+    residual = len(plan.adapted_layers) * dtypes.residual_bytes(plan)
+    more = positions - 1
+    return one.up + more * (hidden + residual), one.down + more * codes + (keep - 1) * hidden
 
 
 def step_time(plan: Plan, setting: Setting, positions: int, keep: int) -> StepTime:
@@ -106,7 +111,7 @@ def step_time(plan: Plan, setting: Setting, positions: int, keep: int) -> StepTi
     return StepTime(
         round_trips=plan.round_trips,
         latency_s=plan.round_trips * link.rtt_s,
-        transfer_s=link.transfer_s(*step_bytes(plan, setting.wire_bytes, positions, keep)),
+        transfer_s=link.transfer_s(*step_bytes(plan, setting.wire, positions, keep)),
         exchange_s=cloud.message_s + (plan.round_trips - 1) * cloud.exchange.at(positions),
         cloud_s=len(plan.cloud_layers) * cloud.layer.at(positions),
         edge_s=edge.loop_s
@@ -133,7 +138,7 @@ def first_token_s(plan: Plan, setting: Setting) -> float:
         keep = positions if plan.tail_layers else int(index == len(chunks) - 1)
         step = step_time(plan, setting, positions, keep)
         alone = step.total_s - step.edge_s + _codes_s(plan, edge, positions)
-        up, down = step_bytes(plan, setting.wire_bytes, positions, keep)
+        up, down = step_bytes(plan, setting.wire, positions, keep)
         stages = (step.cloud_s, link.transfer_s(up, 0), link.transfer_s(0, down))
         total += max(*stages, alone / setting.cloud.max_steps_in_flight) if index else alone
     return total + ends
@@ -141,10 +146,10 @@ def first_token_s(plan: Plan, setting: Setting) -> float:
 
 def chunk_tokens(plan: Plan, setting: Setting) -> int:
     """Return how many positions of a prompt travel in one step, as `edge_client.session` cuts it."""
-    row = plan.hidden_size
+    row = setting.wire.hidden_bytes(plan)
     if plan.first_codes_on_edge:
-        row += len(plan.fed_by(plan.exchange_layers[0])) * plan.residual_width
-    fits = MAX_TENSOR_BYTES // (row * setting.wire_bytes)
+        row += len(plan.fed_by(plan.exchange_layers[0])) * setting.wire.residual_bytes(plan)
+    fits = MAX_TENSOR_BYTES // row
     return max(1, min(CHUNK_TOKENS, setting.cloud.max_step_tokens, fits))
 
 
@@ -159,7 +164,7 @@ def predict(plan: Plan, setting: Setting, *, offered: bool = True) -> Prediction
     drafting, power = setting.drafting, setting.power
     step = step_time(plan, setting, drafting.positions, drafting.positions)
     first = first_token_s(plan, setting)
-    up, down = step_bytes(plan, setting.wire_bytes, drafting.positions, drafting.positions)
+    up, down = step_bytes(plan, setting.wire, drafting.positions, drafting.positions)
     each = 1 / drafting.tokens_per_step
     waiting = step.total_s - step.edge_s
     return Prediction(

@@ -18,11 +18,12 @@ from edge_client.planning.predict import Setting
 from edge_client.planning.speeds import CloudSpeed, EdgeSpeed
 from shared import wire
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was measured. ``wire_bytes`` and ``edge_bytes`` are bytes an element on the wire and here."""
+    """What was measured, and what was asked for: ``dtypes`` on the wire, ``edge_bytes`` an element here."""
 
     cloud_address: str
     offered: tuple[Plan, ...]
@@ -31,7 +32,7 @@ class Survey:
     edge: EdgeSpeed
     cloud: CloudSpeed
     link: LinkFacts
-    wire_bytes: int
+    dtypes: WireDtypes
     edge_bytes: int
 
     @classmethod
@@ -60,16 +61,21 @@ class Survey:
             if (sizes.num_layers, sizes.hidden_size) != (offered[0].num_layers, offered[0].hidden_size):
                 raise OfferError(f"{settings.cloud}: config.json and the plans describe different models")
             dtype = _dtype(settings.dtype, offer.compute_dtype)
-            on_wire = _dtype(settings.wire_dtype, offer.compute_dtype)
-            cloud, link = measure_cloud(connection, offer, wire.WIRE_DTYPES[on_wire])
+            preferred = wire.WIRE_DTYPES[offer.compute_dtype]
+            dtypes = WireDtypes.named(
+                settings.wire_dtype or preferred,
+                settings.hidden_wire_dtype,
+                settings.codes_wire_dtype,
+                settings.residual_codes_wire_dtype,
+            )
+            cloud, link = measure_cloud(connection, offer, preferred)
         finally:
             connection.close()
         shape = ModelShape.from_config(config)
         possible = tuple(candidates(offered, shape))
         adapted = next((plan for plan in (*offered, *possible) if plan.adapted_layers), offered[0])
         edge = measure_edge(config, adapted, device, dtype)
-        address, widths = settings.cloud, (on_wire.itemsize, dtype.itemsize)
-        return cls(address, offered, possible, shape, edge, cloud, link, *widths)
+        return cls(settings.cloud, offered, possible, shape, edge, cloud, link, dtypes, dtype.itemsize)
 
     def setting(self, link: LinkFacts | None = None, **options: Any) -> Setting:
         """Return what predictions need, over the measured link or another one; as `Setting` takes it."""
@@ -78,7 +84,7 @@ class Survey:
             edge=self.edge,
             cloud=self.cloud,
             link=link or self.link,
-            wire_bytes=self.wire_bytes,
+            wire=self.dtypes,
             edge_bytes=self.edge_bytes,
             **options,
         )

@@ -29,6 +29,7 @@ from edge_client.planning.recommend import recommend
 from edge_client.planning.speeds import CloudSpeed, Drafting, EdgeSpeed, Line
 from edge_client.wire_cost import wire_cost
 from shared.plan import Plan, Projection
+from shared.wire_dtypes import WireDtypes
 from tests import families
 
 PRODUCTS = tuple(
@@ -61,6 +62,9 @@ PER_LAYER = Plan.subset(name="per-layer", **FACTS)
 GROUPED = Plan.subset(EVERY, exchange_layers=EVERY[::4], name="grouped", **FACTS)
 ONE_TRIP = Plan.one_trip(PRODUCTS, name="one-trip", **FACTS)
 PLANS = (PER_LAYER, GROUPED, ONE_TRIP, Plan.subset((3, 9), name="subset", **FACTS))
+
+
+FLOAT32 = WireDtypes.named("float32")
 
 
 def setting(rtt_s: float = 0.02, **changes) -> Setting:
@@ -107,22 +111,22 @@ def test_the_command_prints_the_papers_estimates_without_a_cloud():
 # --- bytes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("dtypes", [WireDtypes.named("bfloat16"), WireDtypes.named("float32", codes="int8")])
 @pytest.mark.parametrize("plan", PLANS, ids=by_name)
-def test_bytes_of_one_position_are_those_of_the_wire(plan, width):
-    cost = wire_cost(plan, width)
-    assert step_bytes(plan, width, 1, 1) == (cost.up, cost.down)
-    found = predict(plan, setting(wire_bytes=width))
+def test_bytes_of_one_position_are_those_of_the_wire(plan, dtypes):
+    cost = wire_cost(plan, dtypes)
+    assert step_bytes(plan, dtypes, 1, 1) == (cost.up, cost.down)
+    found = predict(plan, setting(wire=dtypes))
     assert (found.bytes_up_per_token, found.bytes_down_per_token) == (cost.up, cost.down)
     assert found.round_trips_per_token == cost.round_trips == found.step.round_trips
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=by_name)
 def test_positions_share_the_messages_overhead(plan):
-    (up, down), (more_up, more_down) = step_bytes(plan, 4, 1, 1), step_bytes(plan, 4, 5, 5)
-    bare_up, bare_down = step_bytes(plan, 4, 0, 0)
+    (up, down), (more_up, more_down) = step_bytes(plan, FLOAT32, 1, 1), step_bytes(plan, FLOAT32, 5, 5)
+    bare_up, bare_down = step_bytes(plan, FLOAT32, 0, 0)
     assert more_up - bare_up == 5 * (up - bare_up) and more_down - bare_down == 5 * (down - bare_down)
-    kept_less = step_bytes(plan, 4, 5, 1)
+    kept_less = step_bytes(plan, FLOAT32, 5, 1)
     assert kept_less == (more_up, more_down - 4 * 64 * 4)
 
 
@@ -154,7 +158,7 @@ def test_more_round_trips_never_are_faster():
 
 def test_a_step_is_the_sum_that_is_documented():
     found = step_time(PER_LAYER, setting(0.02), 1, 1)
-    up, down = step_bytes(PER_LAYER, 4, 1, 1)
+    up, down = step_bytes(PER_LAYER, FLOAT32, 1, 1)
     assert found.latency_s == pytest.approx(16 * 0.02)
     assert found.transfer_s == pytest.approx(8 * up / 60e6 + 8 * down / 100e6)
     assert found.exchange_s == pytest.approx(5e-4 + 15 * 1e-3)
