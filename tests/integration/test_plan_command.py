@@ -6,6 +6,7 @@ from benchmarks.processes import edge_json, run_edge
 from edge_client.planning.predict import Setting, predict
 from edge_client.wire_cost import wire_cost
 from shared.plan import Plan
+from shared.wire_dtypes import WireDtypes
 from tests.integration.served import Served
 
 
@@ -23,7 +24,7 @@ def test_every_offered_plan_is_predicted(tiny_cloud: Served, tmp_path: Path) -> 
     assert setting.link.rtt_s == 0.08 and found["measured_link"]["rtt_s"] < 0.08
     assert setting.cloud.layer.one_s > 0 and setting.edge.head.one_s > 0
     for name, plan in offers.items():
-        cost = wire_cost(plan, 4)
+        cost = wire_cost(plan, WireDtypes.named("float32"))
         assert (predicted[name]["bytes_up_per_token"], predicted[name]["bytes_down_per_token"]) == (
             cost.up,
             cost.down,
