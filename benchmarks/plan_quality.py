@@ -22,11 +22,14 @@ def entries(record: Record) -> list[dict[str, Any]]:
     """Return one entry for each plan, task and amount of tuning that was scored on test rows."""
     groups: dict[tuple[object, ...], list[Run]] = defaultdict(list)
     for run in record:
-        if run.spec.method == "privatelora" and run.spec.stage == "compare":
+        spec = run.spec
+        if (spec.method, spec.stage, spec.transport) == ("privatelora", "compare", "reference"):
             groups[setting(run.spec)].append(run)
     found = []
     for group in groups.values():
-        runs = [run for run in chosen(group) if run.test and run.test.nats is not None]
+        # Tasks with right and wrong answers alone: perplexity of a persona compares with nothing else.
+        scored = [run for run in chosen(group) if run.test and run.test.correct is not None]
+        runs = [run for run in scored if run.test and run.test.nats is not None]
         rows = max((run.test.rows for run in runs if run.test), default=0)
         runs = [run for run in runs if run.test and run.test.rows == rows]
         if not runs:

@@ -156,7 +156,8 @@ class TuneSession:
             tensor = wire.decode(message.rows, dtype=self.wire_dtype, shape=expected, what=what)
         except wire.WireError as error:
             raise invalid(str(error)) from None
-        current.job.batch.put(name, layer, came, tensor)
+        # What waits is kept in the backbone's dtype, whatever it travelled in: the budget counts that.
+        current.job.batch.put(name, layer, came, tensor.to(self.backbone.dtype))
         current.came[name, layer] = came + shape[0]
         self.queue.wake()
 

@@ -4,13 +4,14 @@ Everything in a `DescribeResponse` is a claim. Here it is checked for being well
 contradictions; whether it is the model that was meant is decided by `trust.py` and the adapter.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from shared import PROTOCOL_VERSION, wire
-from shared.adapter import Adapter, AdapterError
+from shared.adapter import MAX_FILE_BYTES, Adapter, AdapterError, tensor_shapes
 from shared.edge_parts import EdgePart, EdgePartsError, check_manifest, digested_parts
 from shared.fingerprint import Fingerprint, FingerprintError, edge_digest, plan_digest
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -144,6 +145,11 @@ def _plan(
 ) -> tuple[str, tuple[Plan, Fingerprint]]:
     plan = Plan.parse(offer.plan_json)
     edge = edge_digest(digested_parts(plan, manifest))
+    weights = sum(math.prod(shape) for shape in tensor_shapes(plan).values())
+    if weights * 4 > MAX_FILE_BYTES:  # float32; before anything of that size is made
+        raise OfferError(
+            f"{target}: plan {plan.name!r} asks for {weights:,} personal weights, too many for a file"
+        )
     stated = offer.fingerprint
     fingerprint = Fingerprint(stated.plan, stated.lowrank, stated.layers, stated.edge)
     for name, claimed, computed in (

@@ -17,6 +17,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from edge_client.parts import read_layer
 from edge_client.resident_cache import RowCache
+from shared.edge_parts import EdgePartsError
 from shared.families import geometry, layer_types, rope_parameters
 from shared.plan import Plan
 
@@ -93,11 +94,22 @@ class Resident:
         Raises
         ------
         EdgePartsError
-            If a layer's file does not hold what the model's code expects.
+            If the plan or a layer's file does not fit the model's code.
         """
         with torch.device("meta"):
             skeleton = AutoModel.from_config(_hollow(config, plan))  # type: ignore[no-untyped-call]
         tensors = {}
+        products = {
+            name: (part.in_features, part.out_features)
+            for name, part in skeleton.layers[0].named_modules()
+            if isinstance(part, nn.Linear)
+        }
+        for projection in plan.lora:
+            if products.get(projection.name) != (projection.d_in, projection.d_out):
+                raise EdgePartsError(
+                    f"plan {plan.name!r} puts a LoRA beside {projection.name} of {projection.d_in} x "
+                    f"{projection.d_out}, which this model's layers do not have"
+                )
         for place, layer in enumerate(plan.resident_layers):
             state = skeleton.layers[place].state_dict()
             tensors[layer] = read_layer(folder, layer, {name: tuple(t.shape) for name, t in state.items()})
@@ -169,16 +181,21 @@ class Resident:
         Tensor
             Like ``hidden``.
         """
+        rows = list(torch.split(hidden.to(device=self.device, dtype=self.dtype), list(lengths)))
+        out = [self._run_padded(places, rows[lo:hi]) for lo, hi in _runs(lengths)]
+        return torch.cat(out).to(device=hidden.device, dtype=hidden.dtype)
+
+    def _run_padded(self, places: range, rows: list[Tensor]) -> Tensor:
+        """Run layers on sequences side by side; return them end to end."""
+        lengths = [len(row) for row in rows]
         longest = max(lengths)
-        rows = torch.split(hidden.to(device=self.device, dtype=self.dtype), list(lengths))
-        x = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (sequences, longest, hidden_size)
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (sequences, longest, hidden_size)
         rotary = self._rotary(torch.arange(longest, device=self.device), x)
         for place in places:
             # Attention is causal and padding comes last: no position that is read sees any of it.
             mask = self._mask(longest, 0, self.windows[place])
             x = self.layers[place](x, position_embeddings=rotary[self.kinds[place]], attention_mask=mask)
-        out = torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
-        return out.to(device=hidden.device, dtype=hidden.dtype)
+        return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
 
     def _rotary(self, positions: Tensor, like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         if self.rotary_kinds == ("all",):
@@ -196,6 +213,18 @@ class Resident:
             hidden |= keys <= queries - window
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(hidden, -math.inf)[None, None]
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut sequences into runs ``(first, end)`` of which padding takes no more than half."""
+    runs: list[tuple[int, int]] = []
+    lo, longest, tokens = 0, 0, 0
+    for index, length in enumerate(lengths):
+        longest, tokens = max(longest, length), tokens + length
+        if (index + 1 - lo) * longest > 2 * tokens:
+            runs.append((lo, index))
+            lo, longest, tokens = index, length, length
+    return [*runs, (lo, len(lengths))]
 
 
 def _hollow(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:

@@ -16,6 +16,8 @@ from edge_client.session import Session
 from edge_client.spans import Span
 from edge_client.streams import Traffic
 
+PIECE_TOKENS = 512  # positions that run at once here, as many as a step has at most by default
+
 
 @dataclass
 class ResidentRow:
@@ -107,8 +109,10 @@ class ResidentSession:
     def _run(self, places: range, span: Span, cache: RowCache, hidden: Tensor) -> Tensor:
         cache.crop(span.start)
         assert cache.length == span.start, "the pool never leaves a gap"
+        # In pieces: what attention needs at once grows with the square of a piece.
         with torch.no_grad():
-            return self.resident.run(places, hidden, cache)
+            pieces = [self.resident.run(places, piece, cache) for piece in torch.split(hidden, PIECE_TOKENS)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _rearrange(self, parents: Sequence[int]) -> None:
         """Make row i continue old row parents[i]."""

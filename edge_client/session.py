@@ -20,6 +20,7 @@ from torch import Tensor
 from edge_client.personal import PersonalWeights
 from edge_client.spans import Span, cut
 from edge_client.streams import SessionError, Traffic, end, failure
+from edge_client.wire_cost import widest_row
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.wire_dtypes import WireDtypes
@@ -69,12 +70,9 @@ class Session:
         self.error: SessionError | None = None
         self._call, self._loop, self._on_close = call, loop, on_close
         self._step_timeout_s = step_timeout_s
-        # hL of a whole chunk may be asked for, and has to fit a message too
-        row_bytes = wire_dtypes.hidden_bytes(self.plan)
-        if personal.first is not None:  # residual codes go up with the hidden states
-            fed = len(self.plan.fed_by(personal.first.layer))
-            row_bytes += fed * wire_dtypes.residual_bytes(self.plan)
-        fits = MAX_TENSOR_BYTES // row_bytes
+        # Whatever a chunk's positions travel in has to fit a message, hL of all of them too.
+        upfront = personal.first is not None
+        fits = MAX_TENSOR_BYTES // widest_row(self.plan, wire_dtypes, upfront=upfront)
         self._chunk_tokens = max(1, min(chunk_tokens, limits.max_step_tokens, fits))
         self._max_in_flight = max(1, limits.max_steps_in_flight)
         self._number = 0

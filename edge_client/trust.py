@@ -95,7 +95,7 @@ def check_known(
             known[offer.target] = entry
             with replacing(path) as file:
                 file.write(json.dumps(known, indent=1, sort_keys=True).encode())
-    return not pin
+    return not pin or f"layers{division}" not in pin
 
 
 WORDS = {"edge": "embeddings, head or tokenizer", "layers": "the decoder layers"}

@@ -41,5 +41,19 @@ def wire_cost(plan: Plan, dtypes: WireDtypes) -> WireCost:
     return WireCost(up, down, plan.round_trips)
 
 
+def widest_row(plan: Plan, dtypes: WireDtypes, *, upfront: bool) -> int:
+    """Return the most bytes that one position takes in any message of a step.
+
+    ``upfront`` says whether the edge makes the first exchange's codes, whose answers go up with h0.
+    """
+    hidden, widest = dtypes.hidden_bytes(plan), dtypes.codes_bytes(plan)
+    for index, exchange in enumerate(plan.exchange_layers):
+        answer = len(plan.fed_by(exchange)) * dtypes.residual_bytes(plan)
+        if index == 0 and upfront:
+            hidden += answer
+        widest = max(widest, answer)
+    return max(hidden, widest)
+
+
 def _scales(dtype: int) -> int:
     return SCALES if dtype == INT8 else 0

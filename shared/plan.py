@@ -210,8 +210,13 @@ class Plan(BaseModel):
         )
 
     def canonical_json(self) -> str:
-        """Return the one JSON text that is hashed and sent: sorted keys, no spaces."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Return the one JSON text that is hashed and sent: sorted keys, no spaces.
+
+        A plan without LoRA says nothing of it: it has the digest that it had before there were any.
+        """
+        without = None if self.lora else {"lora", "lora_rank", "lora_scale"}
+        facts = self.model_dump(mode="json", exclude=without)
+        return json.dumps(facts, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def parse(cls, text: str) -> "Plan":

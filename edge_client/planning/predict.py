@@ -16,7 +16,7 @@ from edge_client.planning.model_shape import EdgeCost, ModelShape, edge_cost
 from edge_client.planning.network import LinkFacts
 from edge_client.planning.speeds import FROZEN, CloudSpeed, Drafting, EdgeSpeed, Power
 from edge_client.session import MAX_TENSOR_BYTES
-from edge_client.wire_cost import wire_cost
+from edge_client.wire_cost import widest_row, wire_cost
 from shared.pb.privatelora.v1.private_lora_pb2 import DTYPE_FLOAT32
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
@@ -146,10 +146,7 @@ def first_token_s(plan: Plan, setting: Setting) -> float:
 
 def chunk_tokens(plan: Plan, setting: Setting) -> int:
     """Return how many positions of a prompt travel in one step, as `edge_client.session` cuts it."""
-    row = setting.wire.hidden_bytes(plan)
-    if plan.first_codes_on_edge:
-        row += len(plan.fed_by(plan.exchange_layers[0])) * setting.wire.residual_bytes(plan)
-    fits = MAX_TENSOR_BYTES // row
+    fits = MAX_TENSOR_BYTES // widest_row(plan, setting.wire, upfront=plan.first_codes_on_edge)
     return max(1, min(CHUNK_TOKENS, setting.cloud.max_step_tokens, fits))
 
 

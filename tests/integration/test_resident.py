@@ -111,7 +111,7 @@ def test_tokens_are_those_of_the_merged_model(served: Served, plan: str) -> None
         drafted = edge.generate(
             ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, pad_token_id=0
         )
-        assert drafted[0].tolist() == [*wanted[0].prompt, *wanted[0].tokens][: drafted.shape[1]]
+        assert drafted[0].tolist() == [*wanted[0].prompt, *wanted[0].tokens]
 
 
 def example(ids: list[int]) -> Example:

@@ -1,5 +1,6 @@
 """The plan: what it refuses, what follows from it, and the one text that is hashed."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -150,3 +151,12 @@ def test_every_difference_shows_in_the_text(options: dict[str, Any]) -> None:
 def test_a_plan_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         subset().scale = 3.0  # type: ignore[misc]
+
+
+def test_a_plan_without_lora_has_the_digest_it_had_before_there_were_any() -> None:
+    text = Plan.subset(name="a", backbone="b", num_layers=2, hidden_size=8).canonical_json()
+    assert "lora" not in text and Plan.parse(text).canonical_json() == text
+    assert (
+        hashlib.sha256(text.encode()).hexdigest()
+        == "0d3974917d2c21bfbd15288ecac4f0d33e0e18e25d67263c9b56fcc608251959"
+    )

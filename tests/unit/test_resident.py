@@ -1,13 +1,15 @@
 """Layers on the edge against Hugging Face's own run of the whole model, for every family."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from edge_client.resident import Resident
+from edge_client.resident import Resident, _runs
 from edge_client.resident_cache import RowCache
+from shared.edge_parts import EdgePartsError
 from shared.lora import factor_shapes, fresh_factors, zero_factors
 from shared.plan import Plan, Projection
 from shared.reference import Reference, merged
@@ -129,3 +131,19 @@ def test_a_plan_says_what_goes_back() -> None:
     for wrong in ({"lora_rank": 0}, {"lora": ()}, {"head_layers": 0, "tail_layers": 0}, {"head_layers": 4}):
         with pytest.raises(ValueError):
             resident_plan(model, **wrong)
+
+
+def test_a_plan_that_does_not_fit_the_layers_is_refused(tmp_path: Path) -> None:
+    model = build("llama")
+    for wrong in ({"name": "self_attn.nope"}, {"d_out": 1}):
+        lora = (resident_plan(model).lora[0].model_copy(update=wrong),)
+        with pytest.raises(EdgePartsError, match="which this model's layers do not have"):
+            Resident.read(model.config, resident_plan(model, lora=lora), tmp_path, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 3, 3), (1, 1, 1, 9), (9, 1, 1, 1), (2, 7, 1, 1, 8)])
+def test_padding_takes_no_more_than_half(lengths: tuple[int, ...]) -> None:
+    runs = _runs(lengths)
+    assert [index for lo, hi in runs for index in range(lo, hi)] == list(range(len(lengths)))
+    for lo, hi in runs:
+        assert (hi - lo) * max(lengths[lo:hi]) <= 2 * sum(lengths[lo:hi])
