@@ -2,8 +2,8 @@
 
 One process is the driver: it holds the edge and, for comparison, the whole model. The other is the
 cloud. Every figure is a ratio of medians of runs taken in turn, of which those count that the host did
-not disturb (`benchmarks.quiet`). Sessions are streams of the driver;
-heads are not batched across them, and the reference computes its head row by row too.
+not disturb (`benchmarks.quiet`). Sessions are streams of the driver, which share a head as the reference's
+rows do; with ``--separate-heads`` neither shares, as if each session's edge were a machine of its own.
 
     python -m benchmarks.loopback --dtype float32 --sessions 1 4 16
 """
@@ -28,6 +28,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from benchmarks.processes import CloudProcess, memory_bytes
 from benchmarks.quiet import Pairs, compared, in_turn
 from edge_client.model import PrivateLoraForCausalLM
+from edge_client.shared_head import SharedHead
 from shared.models import resolve
 
 
@@ -149,12 +150,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a run")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--prefill-tokens", type=int, default=512)
+    parser.add_argument("--separate-heads", action="store_true", help="one product for each session's head")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--layout", default="per_projection", choices=("per_projection", "fused"))
     arguments = parser.parse_args()
     checkpoint = resolve(arguments.model)
     serve = ["--rank", str(arguments.rank), "--layout", arguments.layout, "--kv-bytes", str(400 << 20)]
-    figures: dict[str, Any] = {"dtype": arguments.dtype, "rank": arguments.rank, "layout": arguments.layout}
+    names = ("dtype", "rank", "layout", "separate_heads")
+    figures: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     with (
         CloudProcess(arguments.model, arguments.dtype, serve) as cloud,
         PrivateLoraForCausalLM.from_cloud(cloud.address) as split,
@@ -186,11 +189,12 @@ def main() -> None:
                 )
 
             head = plain.lm_head
-            plain.lm_head = RowByRow(head) if count > 1 else head
+            if arguments.separate_heads and count > 1:
+                plain.lm_head, split._head = RowByRow(head), split.lm_head
             before = split.connection.describe()
             pairs = in_turn(arguments.rounds, ours, theirs)
             after = split.connection.describe()
-            plain.lm_head = head
+            plain.lm_head, split._head = head, SharedHead(split.lm_head)
             figures[f"decode_{count}"] = compared(
                 Pairs([mine for mine, _ in pairs.ours], pairs.theirs, pairs.steal)
             )

@@ -31,16 +31,16 @@ class EngineConfig(BaseModel):
         default=0.005, ge=0, description="Work expected to be shorter runs on the event loop itself (seconds)"
     )
     gather_wait_s: float = Field(
-        default=0.005, ge=0, description="Longest wait for steps due at the same layer (seconds)"
+        default=0.01, ge=0, description="Longest wait for steps due at the same layer (seconds)"
     )
     start_wait_share: float = Field(
-        default=0.25,
+        default=0.6,
         ge=0,
         le=1,
         description="Longest wait of a new step for others, as a share of what a step takes (no unit)",
     )
     fairness_s: float = Field(
-        default=0.05, gt=0, description="A group that has waited longer goes before larger ones (seconds)"
+        default=0.05, gt=0, description="Prefill that has waited longer goes before decoding (seconds)"
     )
 
 

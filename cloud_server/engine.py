@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cloud_server.backbone import Backbone, Slice
+from cloud_server.company import Company
 from cloud_server.config import EngineConfig
 from cloud_server.kv_cache import KvCache
 from cloud_server.step import Step
@@ -58,15 +59,15 @@ class Engine:
         self._cost = 50e-6  # seconds per token and layer, learned; decides slices and threads
         self._short_batch_s = 0.0  # how long a batch of short steps takes, learned; decides waiting
         self._pass_s = 0.0  # how long a short step takes from its arrival to its end, learned
-        self._resting: dict[object, float] = {}  # sessions whose short step has ended, and when
+        self._company = Company(config.fairness_s / 2)
         self._wake = asyncio.Event()
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
 
     def submit(self, step: Step) -> None:
         """Admit a step. Its rows must be reserved in the cache."""
         self.steps.add(step)
-        self._resting.pop(step.owner, None)
         step.submitted_at = time.monotonic()
+        self._company.come_back(step.owner, step.submitted_at)
         self._enqueue(step)
 
     def answer(self, step: Step, residual_codes: dict[int, Tensor]) -> None:
@@ -83,7 +84,7 @@ class Engine:
 
     def leave(self, owner: object) -> None:
         """Expect no further step of a session."""
-        if self._resting.pop(owner, None) is not None:
+        if self._company.leave(owner):
             self._wake.set()  # somebody may be waiting for its company
 
     def wake(self) -> None:
@@ -115,8 +116,9 @@ class Engine:
 
         The group at the lowest layer goes first: so those behind catch up, and from then on everybody
         runs together. A group waits for company whose answers at this very layer are on their way, but
-        no longer than running them apart would take. One that has waited for ``fairness_s`` goes before
-        all others, so that nobody starves.
+        no longer than running them apart would take. A prefill that has waited for ``fairness_s`` goes
+        before all others, and so do short steps that have waited for as long as a whole step takes: those
+        behind have caught up by then, and nobody starves.
 
         Returns
         -------
@@ -127,7 +129,7 @@ class Engine:
         if not self.ready:
             return [], None
         only = self.ready[0]
-        if len(self.steps) == 1 and not self._resting and only.longest <= self.config.short_step_tokens:
+        if len(self.steps) == 1 and self._company.is_empty and only.longest <= self.config.short_step_tokens:
             return [Slice(only, 0, only.tokens)], None  # nobody to choose from or to wait for
         now, patience = time.monotonic(), None
         short, long = dict[tuple[int, bool], list[Step]](), dict[tuple[int, bool], list[Step]]()
@@ -137,7 +139,8 @@ class Engine:
         oldest = next(iter(long.values()), [])
         if oldest and now - oldest[0].ready_since > self.config.fairness_s:
             return self._slices(oldest), None
-        starving = [g for g in short.values() if now - g[0].ready_since > self.config.fairness_s]
+        longest = max(self.config.fairness_s, self._pass_s)
+        starving = [g for g in short.values() if now - g[0].ready_since > longest]
         for group in (*starving, *(short[key] for key in sorted(short))):
             left = group[0].ready_since + self._patience(group[0], now) - now
             if left <= 0:
@@ -152,10 +155,10 @@ class Engine:
         them costs a pass through all layers. Further on it is steps whose answers at this very layer are
         on their way: running apart from them costs one batch.
         """
-        recent = now - self.config.fairness_s
         if first.layer == first.plan.cloud_layers.start and first.emitted < first.layer:
-            self._resting = {owner: since for owner, since in self._resting.items() if since > recent}
-            return self.config.start_wait_share * self._pass_s if self._resting else 0.0
+            longest = self.config.start_wait_share * self._pass_s
+            return longest if self._company.is_expected(now, longest) else 0.0
+        recent = now - self.config.fairness_s
         awaited = any(
             step.layer == first.layer == step.emitted
             and step.is_blocked()
@@ -168,9 +171,8 @@ class Engine:
     def _is_decoding(self) -> bool:
         """Whether a short step is in flight or has just ended: then the next one comes any moment."""
         recent = time.monotonic() - self.config.fairness_s
-        return any(step.longest <= self.config.short_step_tokens for step in self.steps) or any(
-            since > recent for since in self._resting.values()
-        )
+        short = self.config.short_step_tokens
+        return any(step.longest <= short for step in self.steps) or self._company.rested_since(recent)
 
     def _slices(self, group: list[Step]) -> list[Slice]:
         """Return as much of long steps at one layer as may run at once."""
@@ -237,7 +239,8 @@ class Engine:
             if step.finished:
                 self.steps.discard(step)
                 if step.longest <= self.config.short_step_tokens:
-                    self._resting[step.owner] = now = time.monotonic()
+                    now = time.monotonic()
+                    self._company.rest(step.owner, now)
                     self._pass_s += 0.1 * (now - step.submitted_at - self._pass_s)
                 step.before = None  # or a stream that always has two in flight keeps all it ever sent
                 step.on_done(step, step.kept_hidden())

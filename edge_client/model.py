@@ -25,6 +25,7 @@ from edge_client.padding import assemble, check_positions, new_columns, pick
 from edge_client.personal import PersonalWeights
 from edge_client.pool import SessionLike, SessionPool
 from edge_client.resident import Resident
+from edge_client.shared_head import SharedHead
 from edge_client.shell import Shell
 from edge_client.streams import Traffic
 from edge_client.tokenizer import EdgeTokenizer
@@ -74,6 +75,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         super().__init__(config)
         self.embed_tokens, self.norm, self.lm_head = shell.embed_tokens, shell.norm, shell.lm_head
         self.softcap = shell.softcap
+        self._head = SharedHead(self.lm_head)
         self.limits = limits
         self.offer: CloudOffer | None = None
         self.tokenizer: EdgeTokenizer | None = None
@@ -194,7 +196,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         with torch.no_grad():
             rows = cache.extend(new, columns, keep)
         hidden = assemble(rows, columns, first, self.lm_head.weight)  # (batch, width - first, hidden_size)
-        logits = self.lm_head(self.norm(hidden if picked is None else hidden[:, picked]))
+        logits = self._head(self.norm(hidden if picked is None else hidden[:, picked]))
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         loss = None
