@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shared.version import ShowVersion
+
 if TYPE_CHECKING:
     from cloud_server.service import Service
 
@@ -25,7 +27,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def main_callback() -> None:
+def main_callback(version: ShowVersion = False) -> None:
     """Host the frozen decoder layers of a language model."""
 
 

@@ -41,6 +41,7 @@ from edge_client.flags import (
 from edge_client.plain import printable
 from edge_client.plan_cli import plan
 from edge_client.tune_cli import tune
+from shared.version import ShowVersion
 
 if TYPE_CHECKING:
     from edge_client.config import EdgeConfig
@@ -56,6 +57,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def main_callback(version: ShowVersion = False) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,6 +19,7 @@ from edge_client.tuning.config import TuneConfig
 ENV_PREFIX = "PRIVATELORA_EDGE_"
 Dtype = Literal["float32", "bfloat16", "float16"]
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+LEAST_TEMPERATURE = 0.001  # below, logits divided by it leave the range of floats
 
 
 class SettingsError(ValueError):
@@ -64,7 +65,7 @@ class EdgeConfig(BaseSettings):
         default=None,
         ge=0,
         le=100,
-        description="0 always takes the likeliest token (no unit); the model's default",
+        description="0 always takes the likeliest token (no unit), else at least 0.001; the model's default",
     )
     top_p: float | None = Field(
         default=None,
@@ -92,6 +93,13 @@ class EdgeConfig(BaseSettings):
     threads: int | None = Field(default=None, ge=1, description="Torch threads (count); all cores if absent")
 
     tune: TuneConfig = Field(default_factory=TuneConfig, description="How to tune; each has its own unit")
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_no_speck(cls, temperature: float | None) -> float | None:
+        if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"must be 0 or at least {LEAST_TEMPERATURE}")
+        return temperature
 
     @classmethod
     def settings_customise_sources(

@@ -31,7 +31,7 @@ from edge_client.tuning.curve import save_curve
 from edge_client.tuning.examples import digest, make_examples, split
 from edge_client.tuning.learner import Learner, TuningStream, Waiting, embedding
 from edge_client.tuning.loss import Head
-from edge_client.tuning.rows import Row
+from edge_client.tuning.rows import DataError, Row
 from edge_client.tuning.stream import WIRE_DTYPES, no_gradients
 from edge_client.tuning.trainer import Trainer, Watcher
 from edge_client.tuning.weights import factors_of, matrices_of, start_weights
@@ -155,6 +155,8 @@ def start(
     if offer is None or connection is None or tokenizer is None:
         raise ValueError("only a model made by from_cloud can be tuned")
     plan = model.adapter.plan
+    if not plan.adapted_layers and not plan.lora:
+        raise DataError(f"plan {plan.name!r} has no personal weights: there is nothing to tune in it")
     fingerprint = offer.plans[plan.name][1]
     on_wire = wire_for(wire_dtype, offer.compute_dtype)
 

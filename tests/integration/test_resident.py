@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from benchmarks.processes import CloudProcess
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import fingerprint_message
+from edge_client.tuning.config import TuneConfig
 from edge_client.tuning.examples import IGNORED, Example
 from edge_client.tuning.learner import Learner, embedding
 from edge_client.tuning.loss import Head
+from edge_client.tuning.rows import DataError
+from edge_client.tuning.run import Job, start
 from edge_client.tuning.weights import joined
 from shared import lowrank
 from shared.adapter import Adapter
@@ -196,3 +199,8 @@ def test_an_edge_fetches_the_layers_of_its_plan_and_no_others(served: Served) ->
     damaged.write_bytes(raw)
     with served.edge("tail") as again:  # fetched once more
         assert again.resident is not None and damaged.read_bytes() != bytes(raw)
+
+
+def test_a_plan_with_nothing_to_learn_is_refused_for_tuning(served: Served, tmp_path: Path) -> None:
+    with served.edge("head") as edge, pytest.raises(DataError, match="'head' has no personal weights"):
+        start(edge, Job("nothing", tmp_path / "rows.jsonl", tmp_path / "out.safetensors", TuneConfig()), [])

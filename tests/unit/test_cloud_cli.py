@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import sys
+from importlib.metadata import version
 
 import pytest
 import tiny_checkpoint as tiny
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from cloud_server import cli
 from cloud_server.config import CloudConfig, PlanConfig, plan_config
 from cloud_server.server import plan_of, serve
+from edge_client import cli as edge_cli
 from shared.checkpoint import open_folder
 from shared.plan import EDGE_SHARE, Plan
 
@@ -63,3 +65,10 @@ def test_the_plan_of_one_trip_follows_the_models_depth(tmp_path):
     deep = Plan.one_trip(plan.lora, name="deep", backbone="b", num_layers=30, hidden_size=16)
     assert deep.resident_layers == (0, 1, 28, 29) and deep.adapted_layers == tuple(range(2, 28))
     assert len(deep.resident_layers) <= EDGE_SHARE * 30
+
+
+@pytest.mark.parametrize("app", [cli.app, edge_cli.app])
+def test_the_version_that_is_installed(app):
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.strip() == version("privatelora")

@@ -86,6 +86,7 @@ def test_flags_win_over_environment_over_file(tmp_path, monkeypatch):
     [
         ("colour = 1", "colour"),
         ("seed = -1", "seed"),
+        ("temperature = 1e-40", "temperature: .*0 or at least 0.001"),
         ("seed = 9223372036854775808", "seed: Input should be less than"),
         ("[tune]\nseed = 9223372036854775808", "tune.seed: Input should be less than"),
         ("seed = ", "mine.toml"),
