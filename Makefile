@@ -33,7 +33,7 @@ PROTOC      := $(PY) -m grpc_tools.protoc -Ishared/pb=proto \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc
 
 .PHONY: help demo chat model test lint format proto proto-check exact bench link attacks data tuning integrity \
-  tune-speed tune-memory tune-mixed install clean
+  tune-speed tune-memory tune-mixed over-link first-token link-plots install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -125,6 +125,21 @@ bench: $(DEV_STAMP)  ## speed and bytes against plain Hugging Face generate (min
 
 link: $(DEV_STAMP)  ## check the emulated networks that speed is measured over (a minute; as root: real namespaces)
 	@for preset in loopback wifi 5g wan; do $(PY) -m benchmarks.link check --preset $$preset; done
+
+SWEEP := rtt0 rtt10 rtt20 rtt40 rtt80 rtt160 rtt200
+
+over-link: $(DEV_STAMP) $(MODEL_STAMP)  ## decode mixed prompts over emulated links, each speed against its bound (an hour; goes on)
+	$(PY) -m benchmarks.decode_over_link run
+	$(PY) -m benchmarks.decode_over_link run --label repetition --kind-of-text repetition --slow --no-plain
+
+first-token: $(DEV_STAMP) $(MODEL_STAMP)  ## time to the first token of 512 over emulated links, with and without pipelining
+	$(PY) -m benchmarks.first_token run
+
+link-plots: $(BENCH_STAMP) $(DEV_STAMP) $(MODEL_STAMP)  ## measure speed by round-trip time, and draw it, and quality by bytes per token
+	$(PY) -m benchmarks.decode_over_link run --label sweep --presets $(SWEEP) --prompts 4 --tokens 24 \
+	  --slow-prompts 1 --slow-tokens 4 --no-replay
+	$(PY) -m benchmarks.network_plots speed
+	$(PY) -m benchmarks.network_plots quality
 
 attacks: $(DEV_STAMP)  ## read a prompt and recover M from captured traffic
 	$(PY) -m benchmarks.read_prompt

@@ -71,12 +71,23 @@ class Course:
         """Return what is missing: (number, kind, ids, longest answer, whether to draft)."""
         options, fast = self.options, plan in self.options.fast
         few = not fast and plan != PLAIN
-        count, limit = (options.slow_prompts, options.slow_tokens) if few else (options.prompts, options.tokens)
+        count, limit = (
+            (options.slow_prompts, options.slow_tokens) if few else (options.prompts, options.tokens)
+        )
         found = []
         for turn, (number, kind, ids) in enumerate(self.prompts[:count]):
             ways = ([True, False] if options.draft_tokens else [False]) if fast else [False]
             for drafted in ways if turn % 2 else ways[::-1]:  # neither way always runs first
-                key = (options.label, preset_name, plan, drafted, number, limit, options.dtype, self.wire(plan))
+                key = (
+                    options.label,
+                    preset_name,
+                    plan,
+                    drafted,
+                    number,
+                    limit,
+                    options.dtype,
+                    self.wire(plan),
+                )
                 if key not in self.done:
                     found.append((number, kind, ids, limit, drafted))
         return found

@@ -71,7 +71,16 @@ class Answered(BaseModel):
     @property
     def key(self) -> tuple[object, ...]:
         """What must be equal for an answer to be there already."""
-        return (self.label, self.preset, self.plan, self.drafted, self.prompt, self.limit, self.dtype, self.wire)
+        return (
+            self.label,
+            self.preset,
+            self.plan,
+            self.drafted,
+            self.prompt,
+            self.limit,
+            self.dtype,
+            self.wire,
+        )
 
 
 def read(path: Path, row: type[Row]) -> list[Row]:

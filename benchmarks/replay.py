@@ -78,7 +78,7 @@ class Forced(LogitsProcessor):
     def __init__(self, text: Sequence[int]) -> None:
         self._text = text
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores ``(rows, vocabulary)`` that leave one token."""
         at = input_ids.shape[1]
         if at >= len(self._text):

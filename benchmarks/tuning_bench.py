@@ -54,6 +54,20 @@ def found(scores: Scores) -> Found:
     )  # fmt: skip
 
 
+def plan_of(spec: Spec, checkpoint: Checkpoint) -> Plan:
+    """Return the plan of a PrivateLoRA run."""
+    g = checkpoint.geometry
+    assert spec.initialiser and spec.layout, f"{spec} needs an initialiser and a layout"
+    facts: dict[str, Any] = {
+        "name": f"{spec.layout}-{spec.initialiser}-r{spec.rank}", "backbone": checkpoint.id,
+        "num_layers": g.num_layers, "hidden_size": g.hidden_size, "rank": spec.rank,
+        "initialiser": spec.initialiser,
+    }  # fmt: skip
+    if spec.layout == "one_trip":
+        return Plan.one_trip(checkpoint.projections(), **facts | {"name": "one-trip"})
+    return Plan.subset(layout=spec.layout, **facts)
+
+
 class Bench:
     """What all runs share: options, the record, the model's files, the data, the deadline."""
 
@@ -97,17 +111,7 @@ class Bench:
 
     def factors(self, spec: Spec) -> tuple[Plan, lowrank.LowRank]:
         """Return the plan of a PrivateLoRA run, and its A and B."""
-        g = self.checkpoint.geometry
-        assert spec.initialiser and spec.layout, f"{spec} needs an initialiser and a layout"
-        facts: dict[str, Any] = {
-            "name": f"{spec.layout}-{spec.initialiser}-r{spec.rank}", "backbone": self.checkpoint.id,
-            "num_layers": g.num_layers, "hidden_size": g.hidden_size, "rank": spec.rank,
-            "initialiser": spec.initialiser,
-        }  # fmt: skip
-        if spec.layout == "one_trip":
-            plan = Plan.one_trip(self.checkpoint.projections(), **facts | {"name": "one-trip"})
-        else:
-            plan = Plan.subset(layout=spec.layout, **facts)
+        plan = plan_of(spec, self.checkpoint)
         return plan, lowrank.ensure(plan, self.checkpoint, progress=True)[0]
 
     def rate(self, spec: Spec, relative: float) -> float:

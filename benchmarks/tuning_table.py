@@ -46,7 +46,8 @@ def _by_setting(runs: list[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _method(spec: Spec) -> str:
+def method(spec: Spec) -> str:
+    """Return what people call the method of a run."""
     names = {
         "base": "untuned",
         "majority": "majority class",
@@ -127,7 +128,7 @@ def _comparisons(record: Record) -> list[str]:
         majority = next((r.test for r in runs if r.spec.method == "majority" and r.test), None)
         for group in _by_setting(runs):
             if group[0].spec.steps:
-                notes.append(f"{_method(group[0].spec)}, seed 0 on validation rows: {_rates(group)}.")
+                notes.append(f"{method(group[0].spec)}, seed 0 on validation rows: {_rates(group)}.")
             picked = chosen(group)
             tests = [run.test for run in picked if run.test is not None]
             if not tests:
@@ -137,7 +138,7 @@ def _comparisons(record: Record) -> list[str]:
             done = f"{spec.steps} x {spec.batch} | {spec.lr:g} of {tried} | {len(tests)}"
             run = done if tuned else "- | - | -"
             lines.append(
-                f"| {_method(spec)} | {picked[0].trained / 1000:.0f} k | {run} | {_nats(tests)} "
+                f"| {method(spec)} | {picked[0].trained / 1000:.0f} k | {run} | {_nats(tests)} "
                 f"| {_perplexity(tests)} | {_accuracy(tests)} | {_speed(picked)} | {_wire(picked[0])} |"
             )
             if spec.method == "lora" and majority and majority.correct is not None:
@@ -221,7 +222,7 @@ def plot_persona(record: Record, path: Path, task: str = "persona") -> None:
     for group in _by_setting(runs):
         for run in chosen(group)[:1]:
             if run.test and run.test.perplexity is not None:
-                bars.append((_method(run.spec), run.test.perplexity))
+                bars.append((method(run.spec), run.test.perplexity))
     if not bars:
         raise SystemExit(f"the record holds no scored runs of {task} yet")
     bars.sort(key=lambda bar: -bar[1])

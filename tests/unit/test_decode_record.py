@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks import decode_record
-from benchmarks.decode_record import Answered, Length
 from benchmarks.decode_over_link import row_of
+from benchmarks.decode_record import Answered, Length
 from benchmarks.edge_options import link_named
 from benchmarks.link import PRESETS, LinkError
 from benchmarks.processes import ProcessError
@@ -30,7 +30,9 @@ def test_the_bound_is_round_trips_and_the_same_steps_on_loopback():
     assert one.bound_tok_s == pytest.approx(one.tokens_per_step / (0.080 + one.loopback_step_ms / 1e3))
     assert decode_record.summary([row(seconds=1.25)]).against_bound == pytest.approx(0.8)
     # A plan with more round trips a step is held against what it has to wait.
-    assert decode_record.summary([row(round_trips=24)]).bound_tok_s == pytest.approx(12 / (1.92 + 0.36), abs=1e-3)
+    assert decode_record.summary([row(round_trips=24)]).bound_tok_s == pytest.approx(
+        12 / (1.92 + 0.36), abs=1e-3
+    )
 
 
 def test_answers_together_weigh_by_their_tokens():

@@ -48,7 +48,9 @@ def test_any_steps_can_be_taken_again(edge, answer):
 def test_an_answer_is_the_models_own_and_counts_what_was_run(edge):
     answering, sessions = edge
     whole = families.build("llama")
-    right = whole.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False)[0, len(PROMPT) :].tolist()
+    right = whole.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False)[
+        0, len(PROMPT) :
+    ].tolist()
     for draft_tokens in (0, 5):
         found = answering.answer(PROMPT, 20, draft_tokens)
         assert found["tokens"] == right
