@@ -145,6 +145,7 @@ class Answering:
 def opened(options: argparse.Namespace) -> Any:
     """Return the model that the options ask for."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.plain is not None:

@@ -120,9 +120,14 @@ def plot_quality(points: Sequence[Quality], path: Path) -> None:
                 continue
             reach = [[share - 100 * point.low], [100 * point.high - share]]
             axis.errorbar([point.bytes_per_token / 1024], [share], yerr=reach, fmt="o", capsize=3, **style)
-        axis.set(xlabel="KiB per decoded token, both ways", xscale="log", title=f"{task}, {own[0].rows} rows")
+        axis.set(xlabel="KiB per decoded token, both ways", title=f"{task}, {own[0].rows} rows")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize="small")
+    sizes = [point.bytes_per_token / 1024 for point in points if point.bytes_per_token]
+    for axis in axes if sizes else ():
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(min(sizes) / 2, 2 * max(sizes))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].set_ylabel("right answers (%)")
     close(figure, path)
 
