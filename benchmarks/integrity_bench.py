@@ -149,7 +149,7 @@ class Experiment:
             if progress.losses and not math.isfinite(progress.losses[-1]):
                 raise SystemExit(f"the loss is not finite after {progress.step} steps: lower --lr")
             raise OutOfTimeError
-        matrices = dict(zip(self.plan.adapted_layers, learner.parameters, strict=True))
+        matrices = dict(zip(self.plan.owners, learner.parameters, strict=True))
         print_ = fingerprint.for_model(
             self.plan, self.checkpoint, file, edge_parts.build(self.checkpoint, plans=[(self.plan, file)])
         )

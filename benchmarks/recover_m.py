@@ -45,12 +45,12 @@ def first_codes(recording: Recording, plan: Plan, model: str) -> dict[tuple[int,
 
 
 def captured_pairs(recording: Recording, plan: Plan, model: str) -> dict[int, tuple[Rows, Rows]]:
-    """Return by adapted layer the rows (codes, residual codes), each (tokens, groups * rank)."""
+    """Return by owner the rows (codes, residual codes), each (tokens, groups * rank)."""
     codes, residual = recording.codes(), recording.residual_codes()
     if plan.first_codes_on_edge:
         codes = first_codes(recording, plan, model) | codes
     pairs = {}
-    for layer in plan.adapted_layers:
+    for layer in plan.owners:
         keys = sorted(key[:2] for key in residual if key[2] == layer)
         source = plan.source_of(layer)
         pairs[layer] = (

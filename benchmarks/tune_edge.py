@@ -83,7 +83,7 @@ class TuningEdge:
     def begin(self) -> None:
         """Forget what was learned."""
         zeros = torch.zeros(m_shape(self.plan))
-        self.state = State.begin(dict.fromkeys(self.plan.adapted_layers, zeros))
+        self.state = State.begin(dict.fromkeys(self.plan.owners, zeros))
         self.optimiser = optimiser(TuneConfig(), RATE, self.state)
 
     def step(self, examples: Sequence[Example]) -> tuple[float, Weights]:

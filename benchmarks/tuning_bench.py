@@ -194,7 +194,7 @@ class Bench:
             plan, matrices = self.factors(spec)
             codes, residuals = plan.codes_width, plan.residual_width
             wire = (len(plan.exchange_layers) - plan.first_codes_on_edge) * codes
-            wire += len(plan.adapted_layers) * residuals
+            wire += len(plan.owners) * residuals
             wire += 2 * plan.hidden_size
             if spec.transport == "wire":
                 split = tuning_wire.through_cloud(self.options.model, plan, spec.precision)

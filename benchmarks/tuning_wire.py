@@ -46,7 +46,7 @@ class Wire:
         if offered != plan:
             raise ValueError(f"the cloud's plan {plan.name!r} is another one than is asked for")
         self.plan = plan
-        self.parameters = [nn.Parameter(torch.zeros(m_shape(plan))) for _ in plan.adapted_layers]
+        self.parameters = [nn.Parameter(torch.zeros(m_shape(plan))) for _ in plan.owners]
 
         def open_stream() -> TuneStream:
             message = fingerprint_message(fingerprint)
@@ -59,12 +59,12 @@ class Wire:
         self._scorer: TuneStream | None = None
 
     def _matrices(self) -> dict[int, Tensor]:
-        return {n: p.detach() for n, p in zip(self.plan.adapted_layers, self.parameters, strict=True)}
+        return {n: p.detach() for n, p in zip(self.plan.owners, self.parameters, strict=True)}
 
     def loss_and_grads(self, batch: Batch) -> float:
         """Return the mean loss over answer tokens, and add its gradients to the parameters' ``grad``."""
         measured = self._learner.gradients(examples_of(batch), self._matrices())
-        for layer, parameter in zip(self.plan.adapted_layers, self.parameters, strict=True):
+        for layer, parameter in zip(self.plan.owners, self.parameters, strict=True):
             found = measured.gradients[layer]
             parameter.grad = found if parameter.grad is None else parameter.grad + found
         return measured.loss

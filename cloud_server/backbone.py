@@ -177,7 +177,9 @@ class Backbone:
             if s.hi == s.step.tokens:
                 s.step.layer, s.step.offset = number + 1, 0
                 s.step.stash = s.step.normed = None
-                s.step.residual_codes.pop(number, None)
+                owner = s.step.plan.owner_of(number)
+                if owner is not None and number == s.step.plan.served_by(owner)[-1]:
+                    s.step.residual_codes.pop(owner)
 
     def _layout(self, slices: Sequence[Slice], cache: KvCache) -> Layout:
         """Return what these slices need in every layer; steps that stay together share it down the stack."""
@@ -217,8 +219,9 @@ class Backbone:
             alike = list(same_plan)
             plan = alike[0].step.plan
             count = sum(s.hi - s.lo for s in alike)
-            if number in plan.adapted_layers:
-                z = _cat([s.of(s.step.residual_codes[number]) for s in alike])
+            owner = plan.owner_of(number)
+            if owner is not None:
+                z = _cat([s.of(s.step.residual_codes[owner]) for s in alike])
                 self.residuals.add(qkv if count == len(qkv) else qkv[at : at + count], z, plan, number)
             at += count
         return qkv

@@ -100,6 +100,12 @@ class PlanConfig(BaseModel):
         description="Layers where codes are sent, for themselves and those after them (indices); the adapted "
         "ones if absent",
     )
+    share_residual_codes: int = Field(
+        default=1,
+        ge=1,
+        description="Adapted layers in a row, of those that one exchange feeds, that share one M and the "
+        "residual codes (count)",
+    )
     one_trip: bool = Field(
         default=False,
         description="Fill in layers, exchange_layers, head_layers and tail_layers for one round trip a token",

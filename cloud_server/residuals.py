@@ -66,9 +66,14 @@ class Residuals:
         for of_z, of_qkv, b in self._products[plan.name, layer]:
             _columns(qkv, of_qkv).addmm_(_columns(z, of_z), b)
 
-    def residual_codes_gradient(self, gradient: Tensor, plan: Plan, layer: int) -> Tensor:
-        """Return dL/dz ``(tokens, groups * r_d2c)`` for dL/dqkv ``(tokens, q_dim + 2 kv_dim)``."""
-        dz = gradient.new_zeros(gradient.shape[0], plan.residual_width)
+    def residual_codes_gradient(
+        self, gradient: Tensor, plan: Plan, layer: int, onto: Tensor | None = None
+    ) -> Tensor:
+        """Return dL/dz ``(tokens, groups * r_d2c)`` for dL/dqkv ``(tokens, q_dim + 2 kv_dim)``.
+
+        It is added to ``onto``, in place: the gradient by way of others that share these residual codes.
+        """
+        dz = gradient.new_zeros(gradient.shape[0], plan.residual_width) if onto is None else onto
         for of_z, of_qkv, b in self._products[plan.name, layer]:
             _columns(dz, of_z).addmm_(_columns(gradient, of_qkv), b.t())
         return dz

@@ -58,6 +58,7 @@ def plan_of(config: PlanConfig, checkpoint: Checkpoint) -> Plan:
         "layout": config.layout,
         "initialiser": config.initialiser,
         "scale": config.scale,
+        "share_residual_codes": config.share_residual_codes,
     }
     if config.one_trip:
         return Plan.one_trip(checkpoint.projections(), lora_rank=config.lora_rank, **facts)

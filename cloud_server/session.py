@@ -87,8 +87,11 @@ class Session:
         shape = (tokens, self.plan.hidden_size)
         hidden = self._tensor(message.hidden, self.wire_dtypes.hidden, shape, "hidden")
         for answer in message.residual_codes:
-            if answer.layer not in self.plan.adapted_layers:
-                raise invalid(f"layer {answer.layer} is not adapted in plan {self.plan.name!r}")
+            if answer.layer not in self.plan.owners:
+                raise invalid(
+                    f"layer {answer.layer} is not adapted in plan {self.plan.name!r}, or shares the residual "
+                    "codes of another"
+                )
         known = {answer.layer: self._residual(answer, tokens) for answer in message.residual_codes}
         self._cancel(overwritten)
         if message.parents:
@@ -182,10 +185,10 @@ class Session:
             raise invalid(
                 f"a step has at most {limits.max_step_tokens} positions, got {tokens}; send it in chunks"
             )
-        adapted, brought = len(self.plan.adapted_layers), len(message.residual_codes)
-        if brought > adapted:
+        owners, brought = len(self.plan.owners), len(message.residual_codes)
+        if brought > owners:
             raise invalid(
-                f"{brought} residual codes in one step; plan {self.plan.name!r} adapts {adapted} layers"
+                f"{brought} residual codes in one step; plan {self.plan.name!r} takes {owners} at most"
             )
         if len(message.parents) > limits.max_rows:
             raise invalid(f"a session has at most {limits.max_rows} rows, got {len(message.parents)} parents")

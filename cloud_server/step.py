@@ -47,7 +47,7 @@ class Step:
     offset: int = 0
     normed: Tensor | None = None  # input of the projections, where codes were made: (tokens, hidden_size)
     stash: Tensor | None = None  # (tokens, q_dim + 2 * kv_dim)
-    residual_codes: dict[int, Tensor] = field(default_factory=dict)  # layer -> (tokens, residual_width)
+    residual_codes: dict[int, Tensor] = field(default_factory=dict)  # owner -> (tokens, residual_width)
     rotary: dict[str, Rotary] = field(default_factory=dict)  # made by the backbone when it first runs
     emitted: int = -1  # last layer whose codes were sent
     emitted_at: float = 0.0  # when (seconds, monotonic)
@@ -91,11 +91,12 @@ class Step:
         """Whether this layer's codes have to be sent: the plan says so and their answer is not here yet."""
         if self.emitted == self.layer:
             return False
-        return any(layer not in self.residual_codes for layer in self.plan.fed_by(self.layer))
+        return any(owner not in self.residual_codes for owner in self.plan.fed_by(self.layer))
 
     def is_blocked(self) -> bool:
         """Whether this layer waits for the edge or for the session's previous step."""
-        if self.layer not in self.residual_codes and self.layer in self.plan.adapted_layers:
+        owner = self.plan.owner_of(self.layer)
+        if owner is not None and owner not in self.residual_codes:
             return True
         before = self.before
         return before is not None and not before.finished and before.layer <= self.layer

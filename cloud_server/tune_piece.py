@@ -55,8 +55,10 @@ class Piece:
     hidden: Tensor | None = None  # input of the layer: (tokens, hidden_size)
     normed: Tensor | None = None  # (tokens, hidden_size)
     qkv: Tensor | None = None  # (tokens, q_dim + 2 kv_dim); on the way back, its gradient
+    residual_codes: Tensor | None = None  # of the owner passed last, for layers that share them
     gradient: Tensor | None = None  # of what lies above: (tokens, hidden_size)
     normed_gradient: Tensor | None = None  # (tokens, hidden_size)
+    residual_codes_gradient: Tensor | None = None  # summed over layers that share them, so far
     kept: dict[int, Kept] = field(default_factory=dict)  # by layer
 
     @property

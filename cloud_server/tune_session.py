@@ -208,8 +208,10 @@ class TuneSession:
         if name == "hidden":
             return tokens
         if name == "residual_codes":
-            if layer not in plan.adapted_layers:
-                raise invalid(f"{what}: it is not adapted in plan {plan.name!r}")
+            if layer not in plan.owners:
+                raise invalid(
+                    f"{what}: it is not adapted in plan {plan.name!r}, or shares the codes of another"
+                )
             awaited = current.sent["codes", plan.source_of(layer)]
         elif current.job.batch.forward_only:
             raise invalid(f"{what} in a batch that was announced as forward only")

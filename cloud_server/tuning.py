@@ -129,7 +129,7 @@ class TuneBatch:
 
     def _outgoing(self) -> list[tuple[str, int]]:
         """Return what is sent of the batch, in order: an edge reads one tensor after the other."""
-        back = () if self.forward_only else reversed(self.plan.adapted_layers)
+        back = () if self.forward_only else reversed(self.plan.owners)
         last = (("hidden_gradient", 0),) if self.returns_gradient else ()
         return [
             *(("codes", layer) for layer in self.plan.exchange_layers),
@@ -166,21 +166,16 @@ class TuneBatch:
 
     def _run(self, piece: Piece) -> None:
         number, hidden = piece.layer, self._input(piece)
-        z = self._take("residual_codes", number, piece) if number in self.plan.adapted_layers else None
-        qkv = self._products(number, hidden, z, piece.qkv)
         keep = not self.forward_only and number >= self.bottom
+        z = self._residual_codes(number, piece, stays=keep and self.checkpointing)
+        qkv = self._products(number, hidden, z, piece.qkv)
         if keep and not self.checkpointing:
             piece.kept[number], out = self._with_graph(piece, hidden, qkv, self._arena)
         else:
             layer = self.backbone.layers[number]
             out = layer(hidden, qkv, piece.rotary[layer.rotary_key], piece.attention)
             if keep:
-                arena = self._arena
-                piece.kept[number] = (
-                    Kept(hidden, z)
-                    if arena is None
-                    else Kept(arena.copy(hidden), None if z is None else arena.copy(z))
-                )
+                piece.kept[number] = Kept(self._copied(hidden), z)
         piece.hidden, piece.qkv, piece.layer = out, None, number + 1
         if piece.layer < self.stop:
             piece.stage = self._first(piece.layer)
@@ -188,6 +183,23 @@ class TuneBatch:
         self._send("hidden", 0, piece, out)
         piece.hidden, piece.layer = None, number
         piece.stage = Stage.DONE if self.forward_only else Stage.GRADIENT
+
+    def _residual_codes(self, number: int, piece: Piece, *, stays: bool) -> Tensor | None:
+        """Return what a layer adds of the edge's: taken at the owner, held for the layers that share it."""
+        owner = self.plan.owner_of(number)
+        if owner is None:
+            return None
+        if number == owner:
+            taken = self._take("residual_codes", owner, piece)
+            piece.residual_codes = self._copied(taken) if stays else taken
+        z = _of(piece.residual_codes)
+        if number == self.plan.served_by(owner)[-1]:
+            piece.residual_codes = None
+        return z
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """Return a tensor where what is kept belongs."""
+        return tensor if self._arena is None else self._arena.copy(tensor)
 
     def _products(self, number: int, hidden: Tensor, z: Tensor | None, base: Tensor | None) -> Tensor:
         """Return q|k|v with the residual: ``(tokens, q_dim + 2 kv_dim)``; ``base`` is used up."""
@@ -238,9 +250,14 @@ class TuneBatch:
         assert kept.end is not None
         wanted = (products,) if self._is_last(number) else (products, hidden)
         of_qkv, *of_hidden = torch.autograd.grad((kept.end,), wanted, (gradient,))
-        if number in self.plan.adapted_layers:
-            dz = self.backbone.residuals.residual_codes_gradient(of_qkv, self.plan, number)
-            self._send("residual_codes_gradient", number, piece, dz)
+        owner = self.plan.owner_of(number)
+        if owner is not None:
+            onto, piece.residual_codes_gradient = piece.residual_codes_gradient, None
+            dz = self.backbone.residuals.residual_codes_gradient(of_qkv, self.plan, number, onto)
+            if number == owner:  # the last of those that share them, on this way
+                self._send("residual_codes_gradient", owner, piece, dz)
+            else:
+                piece.residual_codes_gradient = dz
         if self._is_last(number):
             piece.stage = Stage.DONE
             return
@@ -278,12 +295,12 @@ class TuneBatch:
             case Stage.RUN:
                 return (
                     self._has_input(piece)
-                    and (layer not in plan.adapted_layers or self._has("residual_codes", layer, piece))
+                    and (plan.owner_of(layer) != layer or self._has("residual_codes", layer, piece))
                     and (layer < self.stop - 1 or self._is_turn("hidden", 0))
                 )
             case Stage.GRADIENT:
                 return (piece.gradient is not None or self._has("hidden_gradient", 0, piece)) and (
-                    layer not in plan.adapted_layers or self._is_turn("residual_codes_gradient", layer)
+                    plan.owner_of(layer) != layer or self._is_turn("residual_codes_gradient", layer)
                 )
             case Stage.CLOSE:
                 return (layer not in plan.exchange_layers or self._has("codes_gradient", layer, piece)) and (

@@ -29,7 +29,8 @@ def tuning_bytes(
         1.1 * (tokens * (n * kept + passing) + piece * working)
 
     *kept*, per token and layer, until the batch is done:
-        its input ``d`` and, with checkpointing, residual codes ``groups * r_d2c``: the layer is run again.
+        its input ``d`` and, with checkpointing, residual codes ``groups * r_d2c`` (once, where layers
+        share them): the layer is run again.
         Without: q|k|v ``qkv``, rotated queries and keys ``q_dim + kv_dim``, what attention returns
         ``q_dim`` with a log-sum a head, the sum before the MLP ``d``, and ``2 w``: gate and up.
         Where a layer norms what it adds (Gemma), ``2 d`` more. Inputs of norms count in
@@ -37,8 +38,8 @@ def tuning_bytes(
         bounds its logits (Gemma 2), copies of keys and values for every query head, and twice the logits:
         ``2 heads * visible positions``.
     *passing*, per token, at one layer at a time:
-        three gradients on the way back, ``2 d + qkv``, and the residual codes of the layers that one
-        exchange feeds, on their way in or their gradients out.
+        three gradients on the way back, ``2 d + qkv``, and the residual codes that one
+        exchange asks for, on their way in or their gradients out.
     *working*, per token of the largest piece:
         gradients inside one layer, ``6 w + 2 d + 2 qkv``, and all that it computes, as under *kept*
         without checkpointing: before it is copied to where it is kept, or when it is run again.
@@ -86,7 +87,7 @@ def kept_bytes(
     """Return the bytes that all layers keep of a batch: *kept* in `tuning_bytes`, which see."""
     e, layers = dtype.itemsize, _kept_layers(plan)
     if checkpointing:
-        codes = len(plan.adapted_layers) * plan.residual_width
+        codes = len(plan.owners) * plan.residual_width
         return tokens * e * (len(layers) * geometry.hidden_size + codes)
     return tokens * sum(_graph_bytes(geometry, layer, longest, e) for layer in layers)
 

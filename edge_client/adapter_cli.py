@@ -166,6 +166,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     from rich.console import Console
 
     plan = facts["plan"]
+    shared = f" with {len(plan['owner_layers'])} M" if plan["owner_layers"] else ""
     rows = {
         "name": facts["name"] + (" (in use)" if facts["in_use"] else ""),
         "name in the file": facts["name_in_file"],
@@ -174,7 +175,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         "made": facts["created"],
         "base model": f"{plan['backbone']} ({plan['num_layers']} layers, width {plan['hidden_size']})",
         "plan": f"{plan['name']}: {len(plan['exchange_layers'])} exchanges a step ({plan['schedule']}), "
-        f"{len(plan['adapted_layers'])} adapted layers, on {' '.join(plan['targets'])}",
+        f"{len(plan['adapted_layers'])} adapted layers{shared}, on {' '.join(plan['targets'])}",
         "ranks": f"{plan['r_c2d']} down, {plan['r_d2c']} up; {plan['layout']}, {plan['initialiser']}, "
         f"scale {plan['scale']:g}",
         **(

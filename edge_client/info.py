@@ -61,12 +61,14 @@ def show(facts: dict[str, Any]) -> None:
     for plan in facts["plans"]:
         table = Table(title=f"plan {printable(plan['name'])}", title_justify="left", show_header=False)
         exchanging, adapted = plan["exchange_layers"], plan["adapted_layers"]
+        shared = f" with {len(plan['owner_layers'])} M" if plan["owner_layers"] else ""
         table.add_row("backbone", printable(plan["backbone"]))
         own = plan["head_layers"] + plan["tail_layers"]
         here = f", {own} of them on this side" if own else ""
         table.add_row("layers", f"{plan['num_layers']}, width {plan['hidden_size']}{here}")
         table.add_row(
-            "exchanges", f"{len(exchanging)} a step ({plan['schedule']}), {len(adapted)} adapted layers"
+            "exchanges",
+            f"{len(exchanging)} a step ({plan['schedule']}), {len(adapted)} adapted layers{shared}",
         )
         table.add_row("round trips", f"{plan['round_trips']} a token")
         table.add_row(

@@ -21,7 +21,7 @@ class PersonalWeights:
     Parameters
     ----------
     adapter
-        Holds ``layers.{l}.M`` as ``(groups, r_c2d, r_d2c)`` for every adapted layer. An adapter of
+        Holds ``layers.{l}.M`` as ``(groups, r_c2d, r_d2c)`` for every owner (`Plan.owners`). An adapter of
         zeros is exchanged like any other: the cloud cannot tell from the traffic's shape.
     first
         Makes the codes of the cloud's first layer here; None leaves them to the cloud.
@@ -35,7 +35,7 @@ class PersonalWeights:
             for layer, matrix in adapter.matrices.items()
         }
         self.factors = adapter.factors
-        missing = set(self.plan.adapted_layers) - self._matrices.keys()
+        missing = set(self.plan.owners) - self._matrices.keys()
         if missing:
             raise ValueError(f"the adapter has no M for layers {sorted(missing)} of plan {self.plan.name!r}")
 
@@ -50,7 +50,7 @@ class PersonalWeights:
         Returns
         -------
         dict
-            Layer to ``(tokens, groups * r_d2c)``, for each layer that the first exchange feeds.
+            Owner to ``(tokens, groups * r_d2c)``, for each that the first exchange feeds.
         """
         if self.first is None:
             return {}
@@ -58,12 +58,12 @@ class PersonalWeights:
         return {layer: self.residual_codes(layer, codes) for layer in self.plan.fed_by(self.first.layer)}
 
     def residual_codes(self, layer: int, codes: Array) -> Array:
-        """Return z = cM for adapted layer ``layer``, group by group.
+        """Return z = cM of owner ``layer``, group by group: for it and the layers that share its M.
 
         Parameters
         ----------
         layer
-            An adapted layer of the plan.
+            One of the plan's owners.
         codes
             ``(tokens, groups * r_c2d)``.
 

@@ -1,6 +1,6 @@
 """The adapter file: someone's personal weights M, and what they were made for.
 
-A safetensors file, mode 0600, with one tensor per adapted layer, ``layers.{l}.M`` (G, r_c2d, r_d2c)
+A safetensors file, mode 0600, with one tensor per owner (`Plan.owners`), ``layers.{l}.M`` (G, r_c2d, r_d2c)
 float32, the LoRA factors of layers on the edge (`shared.lora`), and one metadata entry that holds JSON:
 format version, name, creation time, plan, fingerprint and a digest of the tensors. `Adapter.load` accepts
 exactly that. Nothing in the file is code, and nothing is allocated before the sizes in it are checked
@@ -69,7 +69,7 @@ def _now() -> str:
 
 @dataclass
 class Adapter:
-    """Personal weights: one M of shape (G, r_c2d, r_d2c), float32, for each adapted layer of ``plan``.
+    """Personal weights: one M of shape (G, r_c2d, r_d2c), float32, for each owner of ``plan``.
 
     ``factors`` are the LoRA factors of its resident layers, by name (`shared.lora`), float32.
     """
@@ -86,7 +86,7 @@ class Adapter:
     def zeros(cls, plan: Plan, fingerprint: Fingerprint, name: str = "unnamed") -> "Adapter":
         """Return an adapter that changes nothing."""
         shape = m_shape(plan)
-        matrices = {layer: torch.zeros(shape) for layer in plan.adapted_layers}
+        matrices = {layer: torch.zeros(shape) for layer in plan.owners}
         return cls(plan, fingerprint, matrices, name, factors=zero_factors(plan))
 
     @classmethod
@@ -96,7 +96,7 @@ class Adapter:
         """Return an adapter with M and factors ~ N(0, std^2), for tests and benchmarks."""
         generator = torch.Generator().manual_seed(seed)
         shape = m_shape(plan)
-        matrices = {layer: torch.randn(shape, generator=generator) * std for layer in plan.adapted_layers}
+        matrices = {layer: torch.randn(shape, generator=generator) * std for layer in plan.owners}
         factors = {
             key: torch.randn(shape, generator=generator) * std for key, shape in factor_shapes(plan).items()
         }
@@ -111,9 +111,10 @@ class Adapter:
             If a matrix is missing, of another shape or dtype, or not finite, or a text is unfit.
         """
         path = Path(path)
-        if tuple(sorted(self.matrices)) != self.plan.adapted_layers:
+        if tuple(sorted(self.matrices)) != self.plan.owners:
             raise AdapterError(
-                f"M is given for layers {sorted(self.matrices)}, the plan adapts {self.plan.adapted_layers}"
+                f"M is given for layers {sorted(self.matrices)}, the plan adapts {self.plan.adapted_layers} "
+                f"and has one for {self.plan.owners}"
             )
         tensors = {f"layers.{layer}.M": matrix for layer, matrix in self.matrices.items()} | self.factors
         expected = tensor_shapes(self.plan)
@@ -188,7 +189,7 @@ class Adapter:
         return cls(
             plan=plan,
             fingerprint=_fingerprint(metadata),
-            matrices={layer: tensors[f"layers.{layer}.M"] for layer in plan.adapted_layers},
+            matrices={layer: tensors[f"layers.{layer}.M"] for layer in plan.owners},
             name=metadata.name,
             created=metadata.created,
             training=metadata.training,
@@ -198,14 +199,12 @@ class Adapter:
 
 def tensor_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of an adapter for ``plan``."""
-    matrices: dict[str, tuple[int, ...]] = {
-        f"layers.{layer}.M": m_shape(plan) for layer in plan.adapted_layers
-    }
+    matrices: dict[str, tuple[int, ...]] = {f"layers.{layer}.M": m_shape(plan) for layer in plan.owners}
     return matrices | factor_shapes(plan)
 
 
 def m_shape(plan: Plan) -> tuple[int, int, int]:
-    """Return the shape of one layer's M: (G, r_c2d, r_d2c)."""
+    """Return the shape of one owner's M: (G, r_c2d, r_d2c)."""
     return plan.groups, plan.r_c2d, plan.r_d2c
 
 

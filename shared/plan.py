@@ -58,6 +58,11 @@ class Plan(BaseModel):
     tail_layers: int = Field(default=0, ge=0, description="Last decoder layers that live on the edge (count)")
     exchange_layers: Layers = Field(description="Layers where codes are emitted (indices)")
     adapted_layers: Layers = Field(description="Layers that get a residual (indices)")
+    owner_layers: Layers = Field(
+        default=(),
+        description="Adapted layers with an M of their own, whose residual codes serve those up to the next "
+        "(indices); all of them if empty",
+    )
     targets: tuple[Target, ...] = Field(default=TARGET_ORDER, min_length=1, description="Adapted projections")
     r_c2d: Rank = Field(description="Width of one group of codes, cloud to edge (elements)")
     r_d2c: Rank = Field(description="Width of one group of residual codes, edge to cloud (elements)")
@@ -93,6 +98,8 @@ class Plan(BaseModel):
         unused = set(self.exchange_layers) - {self.source_of(layer) for layer in self.adapted_layers}
         if unused:
             raise ValueError(f"exchange layers {sorted(unused)} feed no adapted layer")
+        if self.owner_layers:
+            self._check_owners()
         if len({projection.name for projection in self.lora}) != len(self.lora):
             raise ValueError("lora names a product twice")
         if bool(self.lora) != bool(self.lora_rank) or (self.lora and not self.resident_layers):
@@ -104,6 +111,19 @@ class Plan(BaseModel):
         if self.schedule == "subset" and self.exchange_layers != self.adapted_layers:
             raise ValueError("schedule subset adapts exactly the exchanging layers")
         return self
+
+    def _check_owners(self) -> None:
+        owners = self.owner_layers
+        if list(owners) != sorted(set(owners)):
+            raise ValueError(f"owner_layers must be strictly increasing, got {owners}")
+        if not set(owners) < set(self.adapted_layers):  # one way to say that nothing is shared: one digest
+            raise ValueError(f"owner_layers must be some of adapted_layers, left out for all, got {owners}")
+        first_fed = {min(o for o in self.adapted_layers if o >= e) for e in self.exchange_layers}
+        if not first_fed <= set(owners):
+            raise ValueError(
+                f"layers {sorted(first_fed - set(owners))} would share an M across exchanges; the first that "
+                "each exchange feeds must be one of owner_layers"
+            )
 
     @property
     def groups(self) -> int:
@@ -117,8 +137,13 @@ class Plan(BaseModel):
 
     @property
     def residual_width(self) -> int:
-        """Elements of one position's residual codes for one layer."""
+        """Elements of one position's residual codes for one owner."""
         return self.groups * self.r_d2c
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The adapted layers with an M of their own, for which residual codes are sent: all, or some."""
+        return self.owner_layers or self.adapted_layers
 
     @property
     def cloud_layers(self) -> range:
@@ -163,17 +188,37 @@ class Plan(BaseModel):
         return max(e for e in self.exchange_layers if e <= layer)
 
     def fed_by(self, exchange: int) -> tuple[int, ...]:
-        """Return the adapted layers that the codes of layer ``exchange`` feed."""
+        """Return the owners whose M the codes of layer ``exchange`` are multiplied with."""
         return self._feeds.get(exchange, ())
+
+    def owner_of(self, layer: int) -> int | None:
+        """Return whose residual codes ``layer`` adds: its own or an owner's before it; None if nobody's."""
+        return self._owner_of.get(layer)
+
+    def served_by(self, owner: int) -> tuple[int, ...]:
+        """Return the adapted layers that add the residual codes of ``owner``, itself first."""
+        return self._serves.get(owner, ())
+
+    # These are asked for several times an exchange, so made once.
 
     @cached_property
     def _feeds(self) -> dict[int, tuple[int, ...]]:
-        """Exchange layer -> the layers it feeds; asked for several times an exchange, so made once."""
         feeds: dict[int, tuple[int, ...]] = {}
-        for layer in self.adapted_layers:
-            source = self.source_of(layer)
-            feeds[source] = (*feeds.get(source, ()), layer)
+        for owner in self.owners:
+            source = self.source_of(owner)
+            feeds[source] = (*feeds.get(source, ()), owner)
         return feeds
+
+    @cached_property
+    def _owner_of(self) -> dict[int, int]:
+        return {layer: max(o for o in self.owners if o <= layer) for layer in self.adapted_layers}
+
+    @cached_property
+    def _serves(self) -> dict[int, tuple[int, ...]]:
+        serves: dict[int, tuple[int, ...]] = {}
+        for layer, owner in self._owner_of.items():
+            serves[owner] = (*serves.get(owner, ()), layer)
+        return serves
 
     @classmethod
     def one_trip(
@@ -212,9 +257,12 @@ class Plan(BaseModel):
     def canonical_json(self) -> str:
         """Return the one JSON text that is hashed and sent: sorted keys, no spaces.
 
-        A plan without LoRA says nothing of it: it has the digest that it had before there were any.
+        A plan without LoRA says nothing of it, nor does one whose layers share no M: it has the digest
+        that it had before there were any.
         """
-        without = None if self.lora else {"lora", "lora_rank", "lora_scale"}
+        without = set() if self.lora else {"lora", "lora_rank", "lora_scale"}
+        if not self.owner_layers:
+            without.add("owner_layers")
         facts = self.model_dump(mode="json", exclude=without)
         return json.dumps(facts, sort_keys=True, separators=(",", ":"))
 
@@ -253,6 +301,7 @@ class Plan(BaseModel):
         targets: tuple[Target, ...] = TARGET_ORDER,
         scale: float = 1.0,
         exchange_layers: tuple[int, ...] | None = None,
+        share_residual_codes: int = 1,
         head_layers: int = 0,
         tail_layers: int = 0,
         lora: tuple[Projection, ...] = (),
@@ -260,11 +309,13 @@ class Plan(BaseModel):
     ) -> "Plan":
         """Make a plan that adapts ``layers``; None is every layer of the cloud.
 
-        ``exchange_layers`` None is the adapted ones. The schedule follows from which is which.
+        ``exchange_layers`` None is the adapted ones. The schedule follows from which is which. Of the adapted
+        layers that an exchange feeds, as many in a row as ``share_residual_codes`` says share one M.
         """
         cloud = tuple(range(head_layers, num_layers - tail_layers))
         adapted = cloud if layers is None else layers
         exchanging = adapted if exchange_layers is None else exchange_layers
+        owners = _owners(exchanging, adapted, share_residual_codes)
         schedule: Schedule = "grouped"
         if head_layers or tail_layers:
             schedule = "resident"
@@ -279,6 +330,7 @@ class Plan(BaseModel):
             tail_layers=tail_layers,
             exchange_layers=exchanging,
             adapted_layers=adapted,
+            owner_layers=() if owners == adapted else owners,
             targets=targets,
             r_c2d=r_c2d or rank,
             r_d2c=r_d2c or rank,
@@ -289,3 +341,13 @@ class Plan(BaseModel):
             lora=lora,
             lora_rank=lora_rank,
         )
+
+
+def _owners(exchanging: tuple[int, ...], adapted: tuple[int, ...], share: int) -> tuple[int, ...]:
+    """Return every ``share``-th of the adapted layers, counted anew from each exchange on."""
+    if share == 1:
+        return adapted
+    found: list[int] = []
+    for exchange, following in zip(exchanging, (*exchanging, 1 << 31)[1:], strict=True):
+        found += [layer for layer in adapted if exchange <= layer < following][::share]
+    return tuple(found)

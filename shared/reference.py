@@ -20,7 +20,7 @@ from shared.lora import fresh_factors
 from shared.lowrank import LowRank
 from shared.plan import Plan, Target
 
-Matrices = Mapping[int, Tensor]  # layer -> M (groups, r_c2d, r_d2c)
+Matrices = Mapping[int, Tensor]  # owner -> M (groups, r_c2d, r_d2c)
 Rows = dict[Target, tuple[nn.Linear, slice]]
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -72,6 +72,7 @@ def delta(plan: Plan, lowrank: LowRank, matrices: Matrices, layer: int, rows: Ro
             f"layer {layer} of plan {plan.name!r} takes its codes from layer {plan.source_of(layer)}, so its "
             "residual cannot be merged into its weights; use Reference instead"
         )
+    # A layer that takes its own codes shares the M of no other: it is the first that they feed.
     a, m, b = lowrank.a[layer].double(), matrices[layer].double(), lowrank.b[layer].double()
     columns, out = _columns(plan, rows), {}
     for index, target in enumerate(plan.targets):
@@ -98,7 +99,7 @@ def merged(
     model
         A plain Hugging Face causal language model of a supported family; it is not changed.
     plan, lowrank, matrices
-        The split, its frozen A and B, and M (groups, r_c2d, r_d2c) by adapted layer.
+        The split, its frozen A and B, and M (groups, r_c2d, r_d2c) by owner.
     factors
         LoRA factors of resident layers (`shared.lora`): their weights hold W + lora_scale * down up.
 
@@ -138,14 +139,14 @@ class Reference(nn.Module):
     plan, lowrank
         The split and its frozen A and B; any schedule in which a layer is fed by an earlier one.
     matrices
-        M (groups, r_c2d, r_d2c) by adapted layer; zeros if None.
+        M (groups, r_c2d, r_d2c) by owner (`Plan.owners`); zeros if None.
     factors
         LoRA factors of resident layers by name (`shared.lora`); those that tuning starts from if None.
 
     Attributes
     ----------
     matrices : nn.ParameterDict
-        Trainable copies of M under the layer's decimal name. Freeze the rest with
+        Trainable copies of M under its owner's decimal name. Freeze the rest with
         ``model.requires_grad_(False)`` to train M and the factors alone.
     factors : nn.ParameterDict
         Trainable copies of the factors, with "/" for "." in their names.
@@ -168,7 +169,7 @@ class Reference(nn.Module):
         device, shape = model.device, (plan.groups, plan.r_c2d, plan.r_d2c)
         self._a = {layer: lowrank.a[layer].to(device) for layer in plan.exchange_layers}
         self._b = {layer: lowrank.b[layer].to(device) for layer in plan.adapted_layers}
-        for layer in plan.adapted_layers:
+        for layer in plan.owners:
             start = torch.zeros(shape) if matrices is None else matrices[layer].detach().clone()
             if start.shape != shape:
                 raise ValueError(f"M of layer {layer} has shape {tuple(start.shape)}, the plan says {shape}")
@@ -227,7 +228,8 @@ class Reference(nn.Module):
     def residual(self, layer: int, target: Target, columns: slice) -> Tensor:
         """Return scale * ((x A) M) B of one target for the positions of the forward under way."""
         codes = self.codes[self.plan.source_of(layer)]
-        m, b = self.matrices[str(layer)].to(codes.dtype), self._b[layer].to(codes.dtype)
+        owner = max(owner for owner in self.plan.owners if owner <= layer)
+        m, b = self.matrices[str(owner)].to(codes.dtype), self._b[layer].to(codes.dtype)
         group = 0 if self.plan.layout == "fused" else self.plan.targets.index(target)
         own = codes[..., group * self.plan.r_c2d : (group + 1) * self.plan.r_c2d]  # (..., r_c2d)
         out: Tensor = self.plan.scale * (own @ m[group] @ b[:, columns])  # (..., d_out of the target)

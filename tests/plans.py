@@ -39,7 +39,7 @@ def lowrank_for(plan: Plan, model: PreTrainedModel) -> LowRank:
 
 
 def matrices_for(plan: Plan, *, seed: int = 0, std: float = 0.5) -> dict[int, Tensor]:
-    """Return random M (groups, r_c2d, r_d2c) by adapted layer; 0.5 moves q, k and v by about a third."""
+    """Return random M (groups, r_c2d, r_d2c) by owner; 0.5 moves q, k and v by about a third."""
     generator = torch.Generator().manual_seed(2000 + seed)
     shape = (plan.groups, plan.r_c2d, plan.r_d2c)
-    return {layer: std * torch.randn(shape, generator=generator) for layer in plan.adapted_layers}
+    return {layer: std * torch.randn(shape, generator=generator) for layer in plan.owners}

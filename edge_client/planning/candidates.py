@@ -40,6 +40,6 @@ def candidates(offered: Iterable[Plan], shape: ModelShape, rank: int = 64) -> li
 def _costs(plan: Plan) -> tuple[object, ...]:
     """Return everything about a plan that time and memory depend on."""
     return (
-        plan.exchange_layers, plan.adapted_layers, plan.head_layers, plan.tail_layers, plan.codes_width,
-        plan.residual_width, plan.lora_rank, len(plan.lora),
+        plan.exchange_layers, plan.adapted_layers, plan.owners, plan.head_layers, plan.tail_layers,
+        plan.codes_width, plan.residual_width, plan.lora_rank, len(plan.lora),
     )  # fmt: skip

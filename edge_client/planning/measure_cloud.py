@@ -43,9 +43,9 @@ class KnownCodes(PersonalWeights):
     """Residual codes of M = 0, for every layer, sent with the hidden states: nothing is left to exchange."""
 
     def upfront(self, hidden: Tensor) -> dict[int, Array]:
-        """Return zeros ``(tokens, groups * r_d2c)`` by adapted layer."""
+        """Return zeros ``(tokens, groups * r_d2c)`` by owner."""
         zeros = np.zeros((len(hidden), self.plan.residual_width), dtype=np.float32)
-        return dict.fromkeys(self.plan.adapted_layers, zeros)
+        return dict.fromkeys(self.plan.owners, zeros)
 
 
 class Timed:
@@ -114,7 +114,7 @@ def measure_cloud(
     plans = [plan for plan, _ in offer.plans.values()]
     width = TORCH_DTYPES[wire_dtype].itemsize
 
-    plain = min(plans, key=lambda plan: len(plan.adapted_layers) * plan.residual_width)
+    plain = min(plans, key=lambda plan: len(plan.owners) * plan.residual_width)
     with Timed(connection, offer, plain, wire_dtype, exchanging=False) as timed:
         one_s, many_s, positions, bytes_up = timed.one_s(), timed.many_s(), timed.positions, timed.bytes_up()
     other = pb.DTYPE_BFLOAT16 if width > 2 else pb.DTYPE_FLOAT32
@@ -123,7 +123,7 @@ def measure_cloud(
     link = LinkFacts(name="measured", rtt_s=rtt_s, up_bit_s=up, down_bit_s=down)
 
     def layer_s(taken: float, count: int) -> float:
-        codes = len(plain.adapted_layers) * plain.residual_width
+        codes = len(plain.owners) * plain.residual_width
         bits = link.transfer_s((plain.hidden_size + codes) * width * count, plain.hidden_size * width)
         return max(0.0, taken - call_s - bits) / len(plain.cloud_layers)
 
@@ -157,7 +157,7 @@ def measure_cloud(
 
 def longest(plan: Plan, offer: CloudOffer, wire_bytes: int) -> int:
     """Return how many positions the longer step has: all its residual codes have to fit one message."""
-    row = (plan.hidden_size + len(plan.adapted_layers) * plan.residual_width) * wire_bytes
+    row = (plan.hidden_size + len(plan.owners) * plan.residual_width) * wire_bytes
     limits = offer.limits
     return max(
         1, min(POSITIONS, limits.max_step_tokens, limits.max_context_tokens - 1, MAX_TENSOR_BYTES // row)

@@ -112,10 +112,10 @@ def _layer(
 
 
 def _codes(plan: Plan) -> Line:
-    """Time z = cM of one layer of ``plan``."""
+    """Time z = cM of one owner of ``plan``."""
     if not plan.adapted_layers:
         return Line(one_s=0.0, each_s=0.0)
-    personal, layer = PersonalWeights(Adapter.zeros(plan, NOBODY)), plan.adapted_layers[0]
+    personal, layer = PersonalWeights(Adapter.zeros(plan, NOBODY)), plan.owners[0]
     codes = np.ones((POSITIONS, plan.codes_width), dtype=np.float32)
     return _line(lambda n: personal.residual_codes(layer, codes[:n]), torch.device("cpu"))
 

@@ -107,7 +107,7 @@ def edge_cost(shape: ModelShape, plan: Plan, element_bytes: int, context_tokens:
     """
     resident = len(plan.resident_layers)
     lora = sum(rows * columns for rows, columns in factor_shapes(plan).values())
-    m = len(plan.adapted_layers) * plan.groups * plan.r_c2d * plan.r_d2c
+    m = len(plan.owners) * plan.groups * plan.r_c2d * plan.r_d2c
     first = plan.hidden_size * plan.codes_width if plan.first_codes_on_edge else 0
     layer = shape.layer_flops(context_tokens)
     norms = 2 * shape.hidden_size

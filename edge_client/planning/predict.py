@@ -100,7 +100,7 @@ def step_bytes(plan: Plan, dtypes: WireDtypes, positions: int, keep: int) -> tup
     """
     one, hidden = wire_cost(plan, dtypes), dtypes.hidden_bytes(plan)
     codes = (len(plan.exchange_layers) - plan.first_codes_on_edge) * dtypes.codes_bytes(plan)
-    residual = len(plan.adapted_layers) * dtypes.residual_bytes(plan)
+    residual = len(plan.owners) * dtypes.residual_bytes(plan)
     more = positions - 1
     return one.up + more * (hidden + residual), one.down + more * codes + (keep - 1) * hidden
 

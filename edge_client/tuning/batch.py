@@ -16,7 +16,7 @@ BLOCK_TOKENS = (
     64  # fewest that are multiplied at once, if a batch has as many: fewer would be many small calls
 )
 
-Matrices = Mapping[int, Tensor]  # layer -> M (groups, r_c2d, r_d2c)
+Matrices = Mapping[int, Tensor]  # owner -> M (groups, r_c2d, r_d2c)
 
 
 @dataclass(eq=False)

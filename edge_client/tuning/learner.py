@@ -52,7 +52,7 @@ class TuningStream(Protocol):
         """Run a batch; return hL."""
 
     def backward(self, gradient: Tensor) -> dict[int, Tensor]:
-        """Run the last batch back; return dL/dM by layer."""
+        """Run the last batch back; return dL/dM by owner."""
 
     @property
     def input_gradient(self) -> Tensor | None:
@@ -127,7 +127,7 @@ class Learner:
         batch
             At least one example.
         weights
-            M by adapted layer and factors by name; left as they are.
+            M by owner and factors by name; left as they are.
 
         Raises
         ------

@@ -105,7 +105,7 @@ class TuneStream:
         lengths
             Tokens of each sequence; at most `limits` says.
         matrices
-            M by adapted layer, not to be changed before `backward` has returned. Codes are
+            M by owner, not to be changed before `backward` has returned. Codes are
             multiplied in its dtype.
         forward_only
             Whether no `backward` follows.
@@ -141,7 +141,7 @@ class TuneStream:
         Returns
         -------
         dict
-            dL/dM ``(groups, r_c2d, r_d2c)`` by adapted layer, in ascending order, in the dtype of M.
+            dL/dM ``(groups, r_c2d, r_d2c)`` by owner, in ascending order, in the dtype of M.
 
         Raises
         ------
@@ -191,7 +191,7 @@ class TuneStream:
     async def _backward(self, batch: Batch, gradient: Tensor) -> dict[int, Tensor]:
         plan = self.plan
         await self._send(batch, "hidden_gradient", 0, gradient)
-        gradients = {layer: torch.zeros_like(batch.matrices[layer]) for layer in plan.adapted_layers}
+        gradients = {layer: torch.zeros_like(batch.matrices[layer]) for layer in plan.owners}
         for exchange in reversed(plan.exchange_layers):
             codes = batch.codes.pop(exchange)  # (tokens, groups * r_c2d)
             upstream = torch.zeros_like(codes)  # dL/dc

@@ -54,9 +54,11 @@ class StandIn:
 class Talk:
     """A session and what a test says to it."""
 
-    def __init__(self, blocks: int = 64, dtypes: WireDtypes = FLOAT32, **options: Any) -> None:
+    def __init__(
+        self, blocks: int = 64, dtypes: WireDtypes = FLOAT32, plan: Plan = PLAN, **options: Any
+    ) -> None:
         self.engine = StandIn(blocks)
-        self.session = Session(PLAN, dtypes, LIMITS, self.engine, **options)  # type: ignore[arg-type]
+        self.session = Session(plan, dtypes, LIMITS, self.engine, **options)  # type: ignore[arg-type]
         self.number = 0
 
     def step(self, *spans: tuple[int, int, int, int], finish: bool = False, **fields: Any) -> Step:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from shared import adapter as adapter_module
-from shared.adapter import METADATA_KEY, Adapter, AdapterError
+from shared.adapter import METADATA_KEY, Adapter, AdapterError, tensor_shapes
 from shared.fingerprint import Fingerprint, plan_digest
 from shared.tensor_file import read_header
 
@@ -61,6 +61,19 @@ def test_grouped_plans_hold_one_m_per_adapted_layer(path):
     plan = tiny.grouped_plan()
     Adapter.random(plan, fingerprint(plan), 0, 1.0).save(path)
     assert list(Adapter.load(path).matrices) == [0, 1, 2]
+
+
+def test_layers_that_share_have_one_m_in_the_file(path):
+    plan = tiny.plan(exchange_layers=(0,), share_residual_codes=2, r_c2d=3, r_d2c=5)
+    made = Adapter.random(plan, fingerprint(plan), 0, 1.0)
+    assert sorted(tensor_shapes(plan)) == ["layers.0.M", "layers.2.M"]
+    made.save(path)
+    found = Adapter.load(path)
+    assert found.plan == plan and list(found.matrices) == [0, 2]
+    assert all(torch.equal(found.matrices[layer], made.matrices[layer]) for layer in (0, 2))
+    made.matrices[1] = made.matrices[0]
+    with pytest.raises(AdapterError, match=r"given for layers \[0, 1, 2\], .* has one for \(0, 2\)"):
+        made.save(path)
 
 
 def test_only_the_owner_can_read_it_and_saving_replaces_in_one_step(path, monkeypatch):

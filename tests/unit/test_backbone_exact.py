@@ -4,12 +4,15 @@ Logits are compared at every position, so that a mistake shows where it is made 
 turns a token. What runs is the real backbone, engine, session and edge model (`tests/inprocess.py`).
 """
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from edge_client.spans import Span
 from shared.exactness import compare, continuation, greedy
 from shared.plan import Plan
 from shared.reference import Reference, merged
@@ -198,14 +201,16 @@ def test_a_split_without_the_feature_is_not_exact(name: str, feature: Feature, t
             assert compare(expected, continuation(edge)).mismatches > 0
 
 
-def test_a_grouped_plan_equals_the_reference(folder_of) -> None:
-    """Codes of layers 0 and 2 feed all four layers. Nothing can be merged; the hooks are the reference."""
+@pytest.mark.parametrize("owners", [(), (0, 2), (0, 1, 2)], ids=str)
+def test_a_grouped_plan_equals_the_reference(owners: tuple[int, ...], folder_of) -> None:
+    """Codes of layers 0 and 2 feed all four, some with an M of their own. The hooks are the reference."""
     model = build("llama")
     plan = Plan.model_validate(
         {
-            **plan_for(model).model_dump(),
+            **plan_for(model, r_c2d=5, r_d2c=9).model_dump(),
             "exchange_layers": (0, 2),
             "schedule": "grouped",
+            "owner_layers": owners,
         }
     )
     lowrank, matrices = lowrank_for(plan, model), matrices_for(plan)
@@ -218,3 +223,40 @@ def test_a_grouped_plan_equals_the_reference(folder_of) -> None:
         expected = [greedy(reference, prompt, NEW_TOKENS) for prompt in prompts(2)]
         verdict = compare(expected, continuation(edge))
         assert verdict.exact, str(verdict)
+
+
+def test_shared_residual_codes_stay_until_the_last_layer_that_adds_them(folder_of) -> None:
+    """In chunks, in slices, in one batch with a plan that shares nothing, and where they come up front."""
+    model, ids = build("llama"), prompts(1, shortest=30)[0]
+    shared = plan_for(model, exchange_layers=(0,), share_residual_codes=3, layout="fused", name="shared")
+    alone = plan_for(model, name="alone")
+    plans = [(plan, lowrank_for(plan, model)) for plan in (shared, alone)]
+    matrices, others = matrices_for(shared), matrices_for(alone)
+    reference = Reference(model, shared, plans[0][1], matrices)
+    expected = logits_of(reference, ids)
+    reference.remove()
+    with (
+        Cloud(folder_of("llama"), plans, {"slice_s": 1e-9, "short_step_tokens": 1}) as cloud,
+        cloud.edge(shared, matrices) as edge,
+        torch.inference_mode(),
+    ):
+        h0, spans = edge._embed(ids), [Span(0, 0, len(ids), len(ids))]
+        streams = [cloud.open(shared, matrices, chunk_tokens=7), cloud.open(alone, others)]
+
+        async def together() -> list[Tensor]:
+            return list(await asyncio.gather(*(stream.step_async(h0, spans) for stream in streams)))
+
+        def logits(hidden: Tensor) -> Tensor:
+            return edge.lm_head(edge.norm(hidden))
+
+        both = cloud.call(together())
+        assert_close(logits(both[0]), expected)
+        assert_close(logits(both[1]), logits_of(merged(model, alone, plans[1][1], others), ids))
+        whole, replay = cloud.open(shared, matrices), cloud.open(shared, matrices)
+        assert_close(logits(whole.step(h0, spans)), expected)
+        known = whole.answers[1]
+        assert known.keys() == {0, 3}
+        assert_close(logits(cloud.call(replay.step_async(h0, spans, known=known))), expected)
+        assert not replay.answers
+        cloud.close_streams()
+        assert cloud.cache.bytes_used == 0

@@ -160,3 +160,67 @@ def test_a_plan_without_lora_has_the_digest_it_had_before_there_were_any() -> No
         hashlib.sha256(text.encode()).hexdigest()
         == "0d3974917d2c21bfbd15288ecac4f0d33e0e18e25d67263c9b56fcc608251959"
     )
+
+
+# --- layers that share an M ---------------------------------------------------------------------------------
+
+
+def test_layers_in_a_row_may_share_an_m() -> None:
+    plan = subset(exchange_layers=(0, 3), share_residual_codes=2)
+    assert plan.owners == plan.owner_layers == (0, 2, 3, 5) and plan.adapted_layers == tuple(range(6))
+    assert [plan.owner_of(layer) for layer in range(6)] == [0, 0, 2, 3, 3, 5]
+    assert [plan.served_by(owner) for owner in plan.owners] == [(0, 1), (2,), (3, 4), (5,)]
+    assert plan.fed_by(0) == (0, 2) and plan.fed_by(3) == (3, 5)
+    some = subset((1, 2, 5), exchange_layers=(1,), share_residual_codes=2)
+    assert some.owners == (1, 5) and some.owner_of(2) == 1 and some.owner_of(3) is None
+    assert some.served_by(2) == () and some.lowest_gradient == 1
+
+
+def test_a_plan_of_one_trip_may_share_too() -> None:
+    facts = {**FACTS, "num_layers": 30}
+    plan = Plan.one_trip((), lora_rank=0, share_residual_codes=4, **facts)
+    assert plan.owners == (2, 6, 10, 14, 18, 22, 26) and plan.fed_by(2) == plan.owners
+    assert plan.served_by(26) == (26, 27) and plan.round_trips == 1
+    assert Plan.one_trip((), lora_rank=0, share_residual_codes=99, **facts).owners == (2,)
+
+
+def test_sharing_with_nobody_is_the_plan_without() -> None:
+    alone = subset(exchange_layers=(0, 3))
+    assert subset(exchange_layers=(0, 3), share_residual_codes=1) == alone
+    assert alone.owner_layers == () and alone.owners == alone.adapted_layers
+    assert all(alone.served_by(layer) == (layer,) and alone.owner_of(layer) == layer for layer in range(6))
+    assert subset(share_residual_codes=3) == subset()  # each layer is fed by its own exchange
+    assert subset((), exchange_layers=(), head_layers=1, share_residual_codes=3).owners == ()
+
+
+def test_sharing_is_part_of_the_text_where_there_is_any() -> None:
+    alone, shared = subset(exchange_layers=(0, 3)), subset(exchange_layers=(0, 3), share_residual_codes=2)
+    assert "owner" not in alone.canonical_json()
+    assert json.loads(shared.canonical_json())["owner_layers"] == [0, 2, 3, 5]
+    assert Plan.parse(shared.canonical_json()) == shared
+
+
+@pytest.mark.parametrize(
+    ("owners", "words"),
+    [
+        ((0, 1, 2, 3, 4, 5), "some of adapted_layers, left out"),
+        ((0, 3, 6), "some of adapted_layers"),
+        ((3, 0), "strictly increasing"),
+        ((0, 0, 3), "strictly increasing"),
+        ((0, 2), r"layers \[3\] would share an M across exchanges"),
+        ((3, 4), r"layers \[0\] would share"),
+        ((1, 4), r"layers \[0, 3\] would share"),
+        ((-1, 0, 3), "owner_layers"),
+    ],
+    ids=str,
+)
+def test_owners_that_cannot_be(owners: tuple[int, ...], words: str) -> None:
+    facts = changed(exchange_layers=(0, 3), schedule="grouped", owner_layers=owners)
+    with pytest.raises(PlanError, match=words):
+        Plan.parse(json.dumps(facts))
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_count_of_layers_that_cannot_be(count: int) -> None:
+    with pytest.raises(ValueError):
+        subset(exchange_layers=(0, 3), share_residual_codes=count)

@@ -153,3 +153,36 @@ def test_m_of_another_shape_is_refused() -> None:
     matrices[2] = matrices[2][:, :4]
     with pytest.raises(ValueError, match=r"M of layer 2 has shape \(3, 4, 8\), the plan says \(3, 8, 8\)"):
         Reference(model, plan, lowrank_for(plan, model), matrices)
+
+
+@pytest.mark.parametrize("layout", ["per_projection", "fused"])
+def test_a_shared_m_is_the_same_m_in_every_layer_that_shares_it(layout: str) -> None:
+    """Its gradient is the sum of theirs; nothing else differs from a plan where each has its own."""
+    model = build("llama").double().requires_grad_(False)
+    options = {"exchange_layers": (0,), "layout": layout, "r_c2d": 5, "r_d2c": 7, "scale": 1.3}
+    alone, shared = plan_for(model, **options), plan_for(model, **options, share_residual_codes=3)
+    lowrank, own = lowrank_for(alone, model), matrices_for(shared)
+    assert own.keys() == {0, 3} and shared.served_by(0) == (0, 1, 2)
+    ids, found = torch.tensor(prompts(1)), []
+    for plan, matrices in ((shared, own), (alone, {0: own[0], 1: own[0], 2: own[0], 3: own[3]})):
+        doubled = {layer: m.double() for layer, m in matrices.items()}
+        reference = Reference(model, plan, lowrank, doubled)
+        out = reference(ids, labels=ids)
+        out.loss.backward()
+        found.append((out.logits, {int(layer): m.grad for layer, m in reference.matrices.items()}))
+        reference.remove()
+    (logits, gradients), (expected, each) = found
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    assert gradients.keys() == {0, 3}
+    assert each[1].norm() > 1e-3 * each[0].norm() < 1e3 * each[2].norm()
+    # Norms and the softmax are in float32, forward and back, so sums of gradients agree to that.
+    torch.testing.assert_close(gradients[0], each[0] + each[1] + each[2], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(gradients[3], each[3], rtol=1e-5, atol=1e-8)
+
+
+def test_a_shared_m_cannot_be_merged() -> None:
+    model = build("llama")
+    plan = plan_for(model, exchange_layers=(0, 2), share_residual_codes=2)
+    assert plan.owners == (0, 2)
+    with pytest.raises(ValueError, match=r"layer 1 .* takes its codes from layer 0"):
+        merged(model, plan, lowrank_for(plan, model), matrices_for(plan))

@@ -12,6 +12,7 @@ import torch
 from cloud_server.session import Refusal
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
+from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
 from tests.unit.session_talk import UINT32, UINT64, WIDTH, Talk, two_rows, zeros
 
@@ -68,7 +69,7 @@ BAD: dict[str, tuple[Spans, dict[str, Any], Code, str]] = {
         NEXT,
         {"residual_codes": [pb.LayerCodes(layer=0, codes=zeros(2, 9))] * 3},
         Code.INVALID_ARGUMENT,
-        "3 residual codes in one step; plan 'p' adapts 2 layers",
+        "3 residual codes in one step; plan 'p' takes 2 at most",
     ),
     "no span": ([], {}, Code.INVALID_ARGUMENT, "1 to 4 spans, got 0"),
     "many spans": ([(row, 0, 1, 1) for row in range(5)], {}, Code.INVALID_ARGUMENT, "1 to 4 spans, got 5"),
@@ -248,3 +249,29 @@ def test_each_kind_has_its_dtype() -> None:
     talk.finish(step)
     sent = list(talk.session.outbox._messages)
     assert sent[0].codes.codes.dtype == pb.DTYPE_FLOAT16 and sent[1].hidden.hidden.dtype == pb.DTYPE_FLOAT32
+
+
+# --- layers that share --------------------------------------------------------------------------------------
+
+
+def test_only_owners_take_residual_codes() -> None:
+    facts = {"name": "p", "backbone": "b", "num_layers": 4, "hidden_size": WIDTH, "r_c2d": 2, "r_d2c": 3}
+    shared = Plan.subset(exchange_layers=(0,), share_residual_codes=2, **facts)
+    talk = Talk(plan=shared)
+    known = [pb.LayerCodes(layer=1, codes=zeros(2, 9))]
+    words = "layer 1 is not adapted in plan 'p', or shares"
+    talk.refuses(Code.INVALID_ARGUMENT, words, (0, 0, 2, 1), residual_codes=known)
+    many = [pb.LayerCodes(layer=0, codes=zeros(2, 9))] * 3
+    talk.refuses(Code.INVALID_ARGUMENT, "takes 2 at most", (0, 0, 2, 1), residual_codes=many)
+    step = talk.step((0, 0, 2, 1))
+    assert step.must_emit() and step.is_blocked()
+    talk.stand(step, 0)
+    with pytest.raises(Refusal, match=r"for layer 1 out of order: .* waits for \[0, 2\]"):
+        talk.answer((1, zeros(2, 9)))
+    talk.answer((0, zeros(2, 9)))
+    assert not step.is_blocked()
+    talk.stand(step, 1)
+    assert not step.is_blocked(), "what layer 0 was sent serves layer 1"
+    step.emitted = 0
+    talk.stand(step, 2)
+    assert step.is_blocked()

@@ -27,22 +27,23 @@ LIMITS = TuneLimits(max_batch_tokens=200, max_sequence_tokens=50)
 
 @pytest.fixture(scope="module")
 def backbone(folder_of) -> Backbone:
-    """Two exchanges: layer 0 feeds 0 and 1, layer 2 feeds 2 and 3."""
+    """Two exchanges: layer 0 feeds 0 and 1, layer 2 feeds 2 and 3; in plan `s` with one M each."""
     model = build("llama")
     base = plan_for(model, r_c2d=2, r_d2c=3)
     plan = Plan.model_validate(
         {**base.model_dump(), "exchange_layers": (0, 2), "schedule": "grouped", "name": "p"}
     )
     checkpoint = resolve(str(folder_of("llama")), progress=False)
-    return Backbone(checkpoint, {"p": (plan, lowrank_for(plan, model))})
+    shared = Plan.model_validate({**plan.model_dump(), "owner_layers": (0, 2), "name": "s"})
+    return Backbone(checkpoint, {plan.name: (plan, lowrank_for(plan, model)) for plan in (plan, shared)})
 
 
 class Talk:
     """A tuning run, what a test says to it, and a queue that runs when told to."""
 
-    def __init__(self, backbone: Backbone, max_bytes: int = 8 << 20, **options: Any) -> None:
+    def __init__(self, backbone: Backbone, max_bytes: int = 8 << 20, plan: str = "p", **options: Any) -> None:
         config = TuningConfig(**{"piece_tokens": 4} | options)
-        self.plan = backbone.plans["p"]
+        self.plan = backbone.plans[plan]
         self.queue, self.budget = TuneQueue(config, 0.005, lambda: None), Budget(max_bytes)
         self.session = TuneSession(
             self.plan, pb.DTYPE_FLOAT32, LIMITS, backbone, self.queue, self.budget, config, 0.01
@@ -238,6 +239,27 @@ async def test_answers_come_when_they_are_waited_for(talk: Talk) -> None:
     ]
     assert talk.session.current is None and talk.budget.used == 0 and not talk.queue._jobs
     await talk.begin(1, batch=2)
+
+
+async def test_layers_that_share_are_answered_once(backbone: Backbone) -> None:
+    """Residual codes of an owner serve two layers; their gradient is sent when both have added to it."""
+    talk = Talk(backbone, plan="s")
+    wide, dc = talk.plan.residual_width, talk.plan.codes_width
+    await talk.begin(3, 2)
+    talk.rows("hidden", (5, HIDDEN))
+    assert await talk.run() == [("codes", 0)]
+    for layer in (1, 3):
+        words = f"residual codes of layer {layer}: it is not adapted in plan 's', or shares"
+        talk.refuses(words, "residual_codes", (5, wide), layer=layer)
+    talk.rows("residual_codes", (5, wide), layer=0)
+    assert await talk.run() == [("codes", 2)]
+    talk.rows("residual_codes", (5, wide), layer=2)
+    assert await talk.run() == [("hidden", 0)]
+    talk.rows("hidden_gradient", (5, HIDDEN))
+    assert await talk.run() == [("residual_codes_gradient", 2)]
+    talk.rows("codes_gradient", (5, dc), layer=2)
+    assert await talk.run() == [("residual_codes_gradient", 0), ("done", -1)]
+    assert talk.session.current is None and talk.budget.used == 0 and not talk.queue._jobs
 
 
 async def test_a_forward_only_batch_has_no_way_back(talk: Talk) -> None:

@@ -21,14 +21,23 @@ from tests.tuning import Head, InDouble, reference_gradients, tune_directly
 RTOL = 1e-9
 GROUPED = {"exchange_layers": (0, 2), "schedule": "grouped"}
 LATE = {"exchange_layers": (0, 2), "adapted_layers": (1, 2, 3), "schedule": "grouped"}
-KINDS = [*(kind for kind in PLANS if kind != "fused"), "grouped", "grouped-late", "fused-grouped"]
+SHARED = {
+    "shared": {"exchange_layers": (0,), "schedule": "grouped", "owner_layers": (0, 2)},
+    "shared-late": LATE | {"owner_layers": (1, 2)},
+    "fused-shared": {"exchange_layers": (0,), "schedule": "grouped", "owner_layers": (0, 3)},
+}
+KINDS = [*(kind for kind in PLANS if kind != "fused"), "grouped", "grouped-late", "fused-grouped", *SHARED]
 
 
 def plan_of(model: Any, kind: str) -> Plan:
     if kind in PLANS:
         return plan_for(model, **PLANS[kind], name=kind)
-    base = plan_for(model, **(PLANS["fused-asymmetric"] if kind == "fused-grouped" else {}), name=kind)
-    return Plan.model_validate({**base.model_dump(), **(LATE if kind == "grouped-late" else GROUPED)})
+    options: dict[str, Any] = PLANS["asymmetric"] if kind in SHARED else {}
+    if kind.startswith("fused"):
+        options = PLANS["fused-asymmetric"]
+    base = plan_for(model, **options, name=kind)
+    changes = SHARED.get(kind, LATE if kind == "grouped-late" else GROUPED)
+    return Plan.model_validate({**base.model_dump(), **changes})
 
 
 class Case:
@@ -91,7 +100,7 @@ def test_gradients_are_the_references(name: str, kind: str, case_of) -> None:
     assert_same(gradients, expected)
 
 
-@pytest.mark.parametrize("kind", ["per-projection", "fused-asymmetric", "grouped-late"])
+@pytest.mark.parametrize("kind", ["per-projection", "fused-asymmetric", "grouped-late", "shared-late"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_running_layers_again_changes_nothing(name: str, kind: str, case_of) -> None:
     case = case_of(name)
@@ -105,7 +114,7 @@ def test_running_layers_again_changes_nothing(name: str, kind: str, case_of) -> 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_pieces_do_not_matter(name: str, piece_tokens: int, checkpointing: bool, case_of) -> None:
     case = case_of(name)
-    for kind in ("per-projection", "grouped"):
+    for kind in ("per-projection", "grouped", "shared"):
         options = {"piece_tokens": piece_tokens, "checkpointing": checkpointing}
         _, gradients, _ = case.split(kind, SEQUENCES, **options)
         assert_same(gradients, case.expected(kind)[1])

@@ -38,7 +38,7 @@ def forward(backbone: Backbone, plan: Plan, *, checkpointing: bool) -> Arena:
         backbone, plan, LENGTHS, lambda *_: None, checkpointing=checkpointing, piece_tokens=100, arena=arena
     )
     batch.put("hidden", 0, 0, torch.randn(tokens, plan.hidden_size))
-    for layer in plan.adapted_layers:
+    for layer in plan.owners:
         batch.put("residual_codes", layer, 0, torch.zeros(tokens, plan.residual_width))
     while (piece := batch.next()) is not None:
         batch.run(piece)
@@ -75,6 +75,17 @@ def test_nothing_is_kept_below_the_lowest_residual(tmp_path: Path) -> None:
     found = forward(backbone, plan, checkpointing=False).used
     expected = kept_bytes(backbone.geometry, plan, sum(LENGTHS), torch.float32, False, longest=max(LENGTHS))
     assert found / expected == pytest.approx(1, abs=0.05)
+
+
+def test_what_layers_share_is_kept_once(tmp_path: Path) -> None:
+    backbone = served("llama", tmp_path, exchange_layers=(0,), share_residual_codes=2, r_d2c=64)
+    plan = backbone.plans["test"]
+    found = forward(backbone, plan, checkpointing=True).used
+    expected = kept_bytes(backbone.geometry, plan, sum(LENGTHS), torch.float32, True, longest=max(LENGTHS))
+    assert found / expected == pytest.approx(1, abs=0.05)
+    alone = plan.model_copy(update={"owner_layers": ()})
+    more = kept_bytes(backbone.geometry, alone, sum(LENGTHS), torch.float32, True, longest=max(LENGTHS))
+    assert more > 1.15 * expected, "residual codes should be much of it, or this shows nothing"
 
 
 def test_more_takes_more(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 PER_LAYER = Plan(**FACTS, exchange_layers=(0, 2), adapted_layers=(0, 2), schedule="subset")
 GROUPED = Plan(**FACTS, exchange_layers=(0, 2), adapted_layers=(1, 2, 3), schedule="grouped")
+SHARED = Plan.model_validate({**GROUPED.model_dump(), "owner_layers": (1, 2)})  # layer 3 has that of 2
 DOUBLE = pb.DTYPE_FLOAT64
 
 
@@ -78,9 +79,9 @@ class Scripted:
 
         self.h0, self.last, self.upstream = (draw(TOKENS, WIDTH) for _ in range(3))
         self.codes = {layer: draw(TOKENS, plan.codes_width) for layer in plan.exchange_layers}
-        self.dz = {layer: draw(TOKENS, plan.residual_width) for layer in plan.adapted_layers}
+        self.dz = {layer: draw(TOKENS, plan.residual_width) for layer in plan.owners}
         shape = (plan.groups, plan.r_c2d, plan.r_d2c)
-        self.m = {layer: draw(*shape) for layer in plan.adapted_layers}
+        self.m = {layer: draw(*shape) for layer in plan.owners}
         self.heard: list[tuple[str, int]] = []
         self.number = 0
         self.waits_for_answers = False
@@ -121,7 +122,7 @@ class Scripted:
 
     async def back(self) -> None:
         plan = self.plan
-        for layer in reversed(plan.adapted_layers):
+        for layer in reversed(plan.owners):
             await self.rows("residual_codes_gradient", layer, self.dz[layer])
             source = plan.source_of(layer)
             if layer == plan.fed_by(source)[0] and source != plan.exchange_layers[0]:
@@ -212,7 +213,7 @@ def batch_of(cloud: Scripted, stream: TuneStream) -> dict[int, Tensor]:
     return stream.backward(cloud.upstream)
 
 
-@pytest.mark.parametrize("plan", [PER_LAYER, GROUPED], ids=["per-layer", "grouped"])
+@pytest.mark.parametrize("plan", [PER_LAYER, GROUPED, SHARED], ids=["per-layer", "grouped", "shared"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("block", [1, 100], ids=["a block a sequence", "one block"])
 def test_a_batch_there_and_back(
@@ -226,7 +227,7 @@ def test_a_batch_there_and_back(
     for _ in range(2):
         gradients = batch_of(cloud, stream)
         cloud.settle()
-        assert tuple(gradients) == plan.adapted_layers
+        assert tuple(gradients) == plan.owners
         for layer, found in gradients.items():
             codes, dz = cloud.codes[plan.source_of(layer)], cloud.dz[layer]
             pairs = zip(codes.chunk(plan.groups, 1), dz.chunk(plan.groups, 1), strict=True)
