@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
 from edge_client.parts import read_exact
+from edge_client.precision import fitted
 from shared.edge_parts import CODES_A, CODES_NORM, codes_file
 from shared.plan import Plan
 from shared.wire import Array
@@ -42,9 +43,9 @@ class FirstCodes:
         with torch.device("meta"):
             skeleton: Any = AutoModel.from_config(hollow)  # type: ignore[no-untyped-call]
         self._norm: nn.Module = skeleton.layers[0].input_layernorm
-        weight = nn.Parameter(tensors[CODES_NORM].float(), requires_grad=False)
+        weight = nn.Parameter(fitted(CODES_NORM, tensors[CODES_NORM], torch.float32), requires_grad=False)
         self._norm.register_parameter("weight", weight)
-        self._a = tensors[CODES_A].float()
+        self._a = fitted(CODES_A, tensors[CODES_A], torch.float32)
 
     @classmethod
     def read(cls, config: PreTrainedConfig, plan: Plan, folder: Path) -> "FirstCodes":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
 from edge_client.parts import read_layer
+from edge_client.precision import fitted
 from edge_client.resident_cache import RowCache
 from shared.edge_parts import EdgePartsError
 from shared.families import geometry, layer_types, rope_parameters
@@ -74,10 +75,11 @@ class Resident:
         self.layers: list[nn.Module] = []
         for place, layer in enumerate(plan.resident_layers):
             module = skeleton.layers[place]
-            cast = {
-                name: tensor.to(device=self.device, dtype=dtype) for name, tensor in tensors[layer].items()
+            weights = {
+                name: fitted(f"layer {layer}: {name}", tensor, dtype, self.device)
+                for name, tensor in tensors[layer].items()
             }
-            module.load_state_dict(cast, strict=True, assign=True)
+            module.load_state_dict(weights, strict=True, assign=True)
             self.layers.append(module.eval().requires_grad_(False))
 
     @classmethod
@@ -94,7 +96,7 @@ class Resident:
         Raises
         ------
         EdgePartsError
-            If the plan or a layer's file does not fit the model's code.
+            If the plan or a layer's file does not fit the model's code, or numbers do not fit ``dtype``.
         """
         with torch.device("meta"):
             skeleton = AutoModel.from_config(_hollow(config, plan))  # type: ignore[no-untyped-call]

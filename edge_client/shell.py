@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from edge_client.precision import fitted
+
 
 @dataclass
 class Shell:
@@ -42,7 +44,7 @@ def build_shell(
     Raises
     ------
     ValueError
-        If a weight holds NaN or infinity.
+        If a weight holds NaN or infinity, as stored or in ``dtype``.
     """
     hollow = copy.deepcopy(config)
     hollow.num_hidden_layers = 1
@@ -68,10 +70,7 @@ def build_shell(
 
 
 def _weight(name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> nn.Parameter:
-    # A sum is NaN or infinite if any element is; float64 cannot overflow on finite 32-bit elements.
-    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
-        raise ValueError(f"{name} holds NaN or infinity; these edge parts are damaged or hostile")
-    return nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+    return nn.Parameter(fitted(name, tensor, dtype, device), requires_grad=False)
 
 
 def _all(module: nn.Module) -> list[tuple[str, Tensor]]:

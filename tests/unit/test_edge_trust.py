@@ -218,6 +218,27 @@ def test_weights_must_be_finite(value):
 
 
 @pytest.mark.parametrize(
+    ("stored", "dtype", "value"),
+    [
+        (torch.float32, torch.float16, 65520.0),  # the least that float16 rounds to infinity
+        (torch.bfloat16, torch.float16, -1e30),
+        (torch.float32, torch.bfloat16, torch.finfo(torch.float32).max),
+        (torch.float64, torch.float32, 1e39),
+    ],
+)
+def test_weights_must_be_finite_in_what_this_side_computes_in(stored, dtype, value):
+    whole = families.build("llama")
+    embed = whole.model.embed_tokens.weight.detach().to(stored)
+    tensors = {"embed_tokens.weight": embed, "norm.weight": torch.ones(48, dtype=stored)}
+    build_shell(whole.config, tensors, "cpu", dtype)
+    tensors["norm.weight"][7] = value
+    build_shell(whole.config, tensors, "cpu", torch.float64)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(EdgePartsError, match=f"norm.weight holds numbers that {kind} cannot; choose another"):
+        build_shell(whole.config, tensors, "cpu", dtype)
+
+
+@pytest.mark.parametrize(
     "changes", [{"temperature": -1}, {"top_p": "x"}, {"eos_token_id": [-5]}, {"auto_map": {"a": 1}}]
 )
 def test_hostile_generation_configs_are_refused(manifest, tmp_path, changes):

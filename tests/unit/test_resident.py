@@ -147,3 +147,16 @@ def test_padding_takes_no_more_than_half(lengths: tuple[int, ...]) -> None:
     assert [index for lo, hi in runs for index in range(lo, hi)] == list(range(len(lengths)))
     for lo, hi in runs:
         assert (hi - lo) * max(lengths[lo:hi]) <= 2 * sum(lengths[lo:hi])
+
+
+def test_weights_that_are_infinite_in_what_this_side_computes_in_are_refused() -> None:
+    model = build("llama")
+    plan = resident_plan(model)
+    tensors = {layer: dict(model.model.layers[layer].state_dict()) for layer in plan.resident_layers}
+    Resident(model.config, plan, tensors, "cpu", torch.float16)
+    large = tensors[1]["mlp.up_proj.weight"].clone()
+    large[3, 4] = 1e5
+    tensors[1]["mlp.up_proj.weight"] = large
+    Resident(model.config, plan, tensors, "cpu", torch.bfloat16)
+    with pytest.raises(EdgePartsError, match=r"layer 1: mlp.up_proj.* numbers that float16 cannot"):
+        Resident(model.config, plan, tensors, "cpu", torch.float16)
