@@ -81,6 +81,12 @@ def rows(tensor: pb.Tensor) -> Rows:
     if tensor.dtype == pb.DTYPE_INT8:  # a scale for each row, or for each group of one
         scales = np.frombuffer(tensor.scales, "<f4")
         flat = (np.frombuffer(data, "<i1").reshape(len(scales), -1) * scales[:, None]).astype(np.float32)
+    elif tensor.dtype == pb.DTYPE_INT4:  # the same, two a byte, with the upper half of a float32 for a scale
+        bits = np.frombuffer(tensor.scales, "<u2").astype(np.uint32) << 16
+        halves = np.frombuffer(data, "<u1").reshape(tensor.shape[0], -1)
+        both = np.stack((halves & 15, halves >> 4), axis=2).reshape(len(halves), -1)[:, : tensor.shape[1]]
+        signed = ((both.astype(np.int16) + 8) % 16 - 8).reshape(len(bits), -1)
+        flat = (signed * bits.view(np.float32)[:, None]).astype(np.float32)
     elif tensor.dtype == pb.DTYPE_BFLOAT16:  # the upper half of a float32
         flat = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:

@@ -222,8 +222,9 @@ def _failure(error: Exception) -> Refusal:
 
 def _agreed_dtype(request: pb.TuneOpen) -> "pb.Dtype.ValueType":
     """Return what a run's tensors travel in; refuse what cannot carry gradients."""
-    if request.wire_dtype == wire.INT8:
-        raise invalid("int8 is too coarse for gradients; tune with wire dtype bfloat16 or float32")
+    if request.wire_dtype in wire.ROUNDINGS:
+        name = wire.dtype_name(request.wire_dtype)
+        raise invalid(f"{name} is too coarse for gradients; tune with wire dtype bfloat16 or float32")
     if request.wire_dtype not in wire.TORCH_DTYPES:
         raise invalid(f"wire dtype must be one of {', '.join(map(wire.dtype_name, wire.TORCH_DTYPES))}")
     if gradients_underflow(wire.TORCH_DTYPES[request.wire_dtype]):

@@ -19,6 +19,7 @@ from edge_client.tuning.config import TuneConfig
 ENV_PREFIX = "PRIVATELORA_EDGE_"
 Dtype = Literal["float32", "bfloat16", "float16"]
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+CodesDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 LEAST_TEMPERATURE = 0.001  # below, logits divided by it leave the range of floats
 
 
@@ -45,10 +46,10 @@ class EdgeConfig(BaseSettings):
     hidden_wire_dtype: WireDtype | None = Field(
         default=None, description="Element type of hidden states on the wire, both ways; wire_dtype if absent"
     )
-    codes_wire_dtype: WireDtype | None = Field(
+    codes_wire_dtype: CodesDtype | None = Field(
         default=None, description="Element type of codes (cloud to edge) on the wire; wire_dtype if absent"
     )
-    residual_codes_wire_dtype: WireDtype | None = Field(
+    residual_codes_wire_dtype: CodesDtype | None = Field(
         default=None,
         description="Element type of residual codes (edge to cloud) on the wire; wire_dtype if absent",
     )

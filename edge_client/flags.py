@@ -38,6 +38,20 @@ WireDtype = Annotated[
         "default.",
     ),
 ]
+HiddenWireDtype = Annotated[
+    str | None,
+    typer.Option("--hidden-wire-dtype", help="The same for hidden states alone: not int4."),
+]
+CodesWireDtype = Annotated[
+    str | None,
+    typer.Option("--codes-wire-dtype", help="The same for codes (cloud to edge) alone: int4 too."),
+]
+ResidualCodesWireDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--residual-codes-wire-dtype", help="The same for residual codes (edge to cloud) alone: int4 too."
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

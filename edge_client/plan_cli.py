@@ -9,10 +9,13 @@ from edge_client.flags import (
     AsJson,
     CacheDir,
     Cloud,
+    CodesWireDtype,
     ConfigFile,
     Debug,
     Device,
     Dtype,
+    HiddenWireDtype,
+    ResidualCodesWireDtype,
     WireDtype,
     one_line_errors,
 )
@@ -63,6 +66,9 @@ def plan(
         typer.Option("--paper", help="Only the paper's own estimates, and what a real link makes of them."),
     ] = False,
     wire_dtype: WireDtype = None,
+    hidden_wire_dtype: HiddenWireDtype = None,
+    codes_wire_dtype: CodesWireDtype = None,
+    residual_codes_wire_dtype: ResidualCodesWireDtype = None,
     dtype: Dtype = None,
     device: Device = None,
     cache_dir: CacheDir = None,
@@ -84,6 +90,11 @@ def plan(
         if tokens_per_step > positions:
             raise SettingsError(f"a step of {positions} positions cannot yield {tokens_per_step:g} tokens")
         flags = {"cloud": cloud, "wire_dtype": wire_dtype, "dtype": dtype, "device": device}
+        flags |= {
+            "hidden_wire_dtype": hidden_wire_dtype,
+            "codes_wire_dtype": codes_wire_dtype,
+            "residual_codes_wire_dtype": residual_codes_wire_dtype,
+        }
         settings = load_config(config, **flags, cache_dir=cache_dir)
         chosen = _link(link)
         from edge_client.planning.report import document, show

@@ -1,16 +1,16 @@
-"""What one decoded token costs on the wire, from the plan alone: the README's formula."""
+"""What one decoded token costs on the wire, from the plan alone: the README's formula, to the byte.
+
+Protobuf spends a byte or more on the number of each field, on each length and on each number. They are
+counted here with step numbers and positions below 128; from there on they take a byte more.
+"""
 
 from dataclasses import dataclass
 
 from shared.plan import Plan
-from shared.wire import INT8
+from shared.wire import FRAME_BYTES, ROUNDINGS, row_bytes
 from shared.wire_dtypes import WireDtypes
 
-# What protobuf spends on field numbers, shape, layer and step around the numbers themselves; a byte or two
-# more once step numbers and sizes grow.
-STEP, ANSWER, CODES, HIDDEN, RESIDUAL = 26, 23, 20, 18, 18
-SCALES = 2  # of an int8 tensor: the scales' field number and size
-FRAME = 5  # gRPC's header of a message
+NUMBER = 100  # of the step, and of its position: both take one byte
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,20 @@ def wire_cost(plan: Plan, dtypes: WireDtypes) -> WireCost:
 
     Residual codes that the first exchange feeds go up with the hidden states where the edge makes its codes.
     """
-    hidden = dtypes.hidden_bytes(plan) + _scales(dtypes.hidden)
-    codes = dtypes.codes_bytes(plan) + _scales(dtypes.codes)
-    residual = dtypes.residual_bytes(plan) + _scales(dtypes.residual_codes)
-    up, down = hidden + STEP + FRAME, hidden + HIDDEN + FRAME
+    hidden = _tensor(dtypes.hidden, plan.hidden_size, 1)
+    codes = _tensor(dtypes.codes, plan.codes_width, plan.groups)
+    residual = _tensor(dtypes.residual_codes, plan.residual_width, plan.groups)
+    span = _number(NUMBER) + _number(1) + _number(1)  # start, count, keep
+    step = _number(NUMBER) + _field(span) + _field(hidden)
+    up, down = 0, _message(_number(NUMBER) + _field(hidden))
     for index, exchange in enumerate(plan.exchange_layers):
-        fed = len(plan.fed_by(exchange))
-        up += fed * (residual + RESIDUAL)
+        answers = sum(_field(_number(owner) + _field(residual)) for owner in plan.fed_by(exchange))
         if index == 0 and plan.first_codes_on_edge:
+            step += answers
             continue
-        up += ANSWER - RESIDUAL + FRAME
-        down += codes + CODES + FRAME
-    return WireCost(up, down, plan.round_trips)
+        up += _message(_number(NUMBER) + answers)
+        down += _message(_number(NUMBER) + _number(exchange) + _field(codes))
+    return WireCost(up + _message(step), down, plan.round_trips)
 
 
 def widest_row(plan: Plan, dtypes: WireDtypes, *, upfront: bool) -> int:
@@ -54,6 +56,36 @@ def widest_row(plan: Plan, dtypes: WireDtypes, *, upfront: bool) -> int:
         widest = max(widest, answer)
     return max(hidden, widest)
 
+    """Return what a message takes as the one field of a request or response, with gRPC's header."""
 
-def _scales(dtype: int) -> int:
-    return SCALES if dtype == INT8 else 0
+
+# --- protobuf's own bytes, of fields whose numbers are below 16 ---------------------------------------------
+
+
+def _message(size: int) -> int:
+    """Return what a message takes as the one field of a request or response, with gRPC's header."""
+    return _field(size) + FRAME_BYTES
+
+
+def _tensor(dtype: int, width: int, groups: int) -> int:
+    """Return what a tensor of one row takes."""
+    data = row_bytes(dtype, width, groups=0)
+    shape = _varint(1) + _varint(width)
+    rounding = ROUNDINGS.get(dtype)
+    scales = 0 if rounding is None else _field(groups * rounding.SCALE_BYTES)
+    return _number(dtype) + _field(shape) + _field(data) + scales
+
+
+def _field(size: int) -> int:
+    """Return what a field that states its length takes."""
+    return 1 + _varint(size) + size
+
+
+def _number(value: int) -> int:
+    """Return what a whole number's field takes; zero is left out."""
+    return 1 + _varint(value) if value else 0
+
+
+def _varint(value: int) -> int:
+    """Return the bytes of a number, seven bits in each."""
+    return max(1, -(-value.bit_length() // 7))

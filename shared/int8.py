@@ -47,15 +47,58 @@ def quantise(runs: "npt.NDArray[Any]") -> tuple[Whole, Array]:
         Scales ``(runs,)``, positive. That of a run that holds NaN or infinity is not finite, and its
         numbers mean nothing: whoever takes it has to refuse such a scale.
     """
+    return quantise_to(runs, LARGEST, _SEVENTEEN_BITS)
+
+
+def quantise_to(runs: "npt.NDArray[Any]", largest: int, kept: np.uint32) -> tuple[Whole, Array]:
+    """Do as `quantise` does within -largest to largest, with the bits ``kept`` of a scale; the rest is cut.
+
+    What is cut may not make the largest quotient reach ``largest + 1/2``.
+    """
     most = np.maximum.reduce(np.abs(runs), axis=1)  # (runs,), NaN where a run holds one
-    scales: Array = most / np.float32(LARGEST)
-    scales = np.maximum((scales.view(np.uint32) & _SEVENTEEN_BITS).view(np.float32), SMALLEST_SCALE)
+    scales: Array = most / np.float32(largest)
+    scales = np.maximum((scales.view(np.uint32) & kept).view(np.float32), SMALLEST_SCALE)
     with np.errstate(invalid="ignore"):
         whole = np.divide(runs, scales[:, None], dtype=np.float64)  # (runs, length)
-        return np.rint(whole, out=whole).astype(np.int8), scales  # max|x| / scale is at most 127 + 2^-8
+        # The largest quotient is at most 127 + 2^-8, of int4 7 + 2^-4.
+        return np.rint(whole, out=whole).astype(np.int8), scales
 
 
 def restore(whole: Whole, scales: Array) -> Array:
     """Return ``whole (runs, length)`` times ``scales (runs,)`` as float32 ``(runs, length)``."""
     found: Array = np.multiply(whole, scales[:, None], dtype=np.float32)
     return found
+
+
+def row_bytes(width: int) -> int:
+    """Return the bytes of a packed row of ``width`` numbers."""
+    return width
+
+
+def pack(whole: Whole) -> bytes:
+    """Return ``whole (rows, width)`` as packed rows, a byte a number."""
+    return whole.tobytes()
+
+
+def unpack(data: bytes | bytearray, width: int) -> Whole:
+    """Return packed rows as ``(rows, width)``.
+
+    Raises
+    ------
+    ValueError
+        If they hold what `quantise` never makes.
+    """
+    whole: Whole = np.frombuffer(data, np.int8)
+    if whole.size and np.minimum.reduce(whole) < -LARGEST:
+        raise ValueError(f"holds -{LARGEST + 1}; int8 goes from -{LARGEST} to {LARGEST}")
+    return whole.reshape(-1, width)
+
+
+def pack_scales(scales: Array) -> bytes:
+    """Return scales as float32."""
+    return scales.tobytes()
+
+
+def unpack_scales(raw: bytes) -> Array:
+    """Return float32 scales."""
+    return np.frombuffer(raw, np.float32)

@@ -1,4 +1,4 @@
-"""Tensors on the wire: raw little-endian bytes with a dtype and a shape, and scales if they are int8.
+"""Tensors on the wire: raw little-endian bytes with a dtype and a shape, and scales if they are rounded.
 
 Checks everything a peer could get wrong before it allocates. Knows nothing about sessions, layers
 or what a tensor means.
@@ -7,14 +7,14 @@ or what a tensor means.
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared import int8
+from shared import int4, int8
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
 if sys.byteorder != "little":
@@ -23,8 +23,8 @@ if sys.byteorder != "little":
 FRAME_BYTES = 5  # gRPC's own header on each message
 ROWS_BYTES = 1 << 20  # of one tuning message's elements: far from gRPC's cap, and the next is made meanwhile
 
-INT8 = pb.DTYPE_INT8
-TORCH_DTYPES = {  # of the dtypes that are sent as they are computed with: all but int8
+INT8, INT4 = pb.DTYPE_INT8, pb.DTYPE_INT4
+TORCH_DTYPES = {  # of the dtypes that are sent as they are computed with: all that are not rounded
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_FLOAT16: torch.float16,
     pb.DTYPE_BFLOAT16: torch.bfloat16,
@@ -36,7 +36,6 @@ _NUMPY: dict[int, type[np.generic]] = {
     pb.DTYPE_FLOAT16: np.float16,
     pb.DTYPE_BFLOAT16: np.uint16,  # numpy has no bfloat16; the bits are what matters
     pb.DTYPE_FLOAT64: np.float64,
-    pb.DTYPE_INT8: np.int8,
 }
 _ITEM_BYTES = {number: np.dtype(kind).itemsize for number, kind in _NUMPY.items()}
 DTYPE_NAMES = {
@@ -45,9 +44,42 @@ DTYPE_NAMES = {
     "bfloat16": pb.DTYPE_BFLOAT16,
     "float64": pb.DTYPE_FLOAT64,
     "int8": pb.DTYPE_INT8,
+    "int4": pb.DTYPE_INT4,
 }
 
 Array = npt.NDArray[np.float32]
+
+
+class Rounding(Protocol):
+    """What is needed of `shared.int8` and `shared.int4`: numbers rounded to whole ones, with scales."""
+
+    LARGEST: int
+    SCALE_BYTES: int
+    LARGEST_SCALE: Any
+
+    def quantise(self, runs: "npt.NDArray[Any]") -> tuple[int8.Whole, Array]:
+        """Return runs as whole numbers and scales."""
+
+    def restore(self, whole: int8.Whole, scales: Array) -> Array:
+        """Return whole numbers times scales."""
+
+    def row_bytes(self, width: int) -> int:
+        """Return the bytes of a packed row."""
+
+    def pack(self, whole: int8.Whole) -> bytes:
+        """Return rows of whole numbers as bytes."""
+
+    def unpack(self, data: bytes | bytearray, width: int) -> int8.Whole:
+        """Return rows of whole numbers; ValueError if there cannot be such bytes."""
+
+    def pack_scales(self, scales: Array) -> bytes:
+        """Return scales as bytes."""
+
+    def unpack_scales(self, raw: bytes) -> Array:
+        """Return scales."""
+
+
+ROUNDINGS: dict[int, Rounding] = {INT8: int8, INT4: int4}
 
 
 class WireError(ValueError):
@@ -59,9 +91,12 @@ def dtype_name(dtype: int) -> str:
     return next((name for name, number in DTYPE_NAMES.items() if number == dtype), f"unknown dtype {dtype}")
 
 
-def row_bytes(dtype: "pb.Dtype.ValueType", width: int, groups: int = 1) -> int:
+def row_bytes(dtype: int, width: int, groups: int = 1) -> int:
     """Return what a row of ``width`` elements in ``groups`` groups takes, without protobuf's overhead."""
-    return width * _ITEM_BYTES[dtype] + (groups * int8.SCALE_BYTES if dtype == INT8 else 0)
+    rounding = ROUNDINGS.get(dtype)
+    if rounding is not None:
+        return rounding.row_bytes(width) + groups * rounding.SCALE_BYTES
+    return width * _ITEM_BYTES[dtype]
 
 
 def encode(tensor: Tensor, dtype: "pb.Dtype.ValueType", groups: int = 1) -> pb.Tensor:
@@ -81,13 +116,14 @@ def fill(message: pb.Tensor, tensor: Tensor, dtype: "pb.Dtype.ValueType", groups
     tensor
         Any shape, floating point, any device.
     dtype
-        What was agreed. NaN, infinity and values beyond float16's range (for int8: float32's) are refused
-        by the peer, so that an overflow is never silent.
+        What was agreed. NaN, infinity and values beyond float16's range (for int8 and int4: float32's) are
+        refused by the peer, so that an overflow is never silent.
     groups
-        Equal parts of a row, each with a scale of its own if ``dtype`` is int8.
+        Equal parts of a row, each with a scale of its own if ``dtype`` is int8 or int4.
     """
-    if dtype == INT8:
-        return _fill_int8(message, tensor.detach().to(device="cpu", dtype=torch.float32).numpy(), groups)
+    if dtype in ROUNDINGS:
+        array = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
+        return _fill_rounded(message, array, dtype, groups)
     plain = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[dtype])
     if dtype == pb.DTYPE_BFLOAT16:  # numpy has no bfloat16; the bits are what matters
         plain = plain.view(torch.int16)
@@ -98,8 +134,8 @@ def fill_array(message: pb.Tensor, array: Array, dtype: "pb.Dtype.ValueType", gr
     """Do as `fill` does with a float32 array: an exchange is faster without torch."""
     if dtype == pb.DTYPE_FLOAT32:
         _fill(message, array, dtype)
-    elif dtype == INT8:
-        _fill_int8(message, array, groups)
+    elif dtype in ROUNDINGS:
+        _fill_rounded(message, array, dtype, groups)
     else:
         fill(message, torch.from_numpy(array), dtype)
 
@@ -110,10 +146,13 @@ def _fill(message: pb.Tensor, array: "npt.NDArray[Any]", dtype: "pb.Dtype.ValueT
     message.data = array.tobytes()  # in row-major order, whatever the strides
 
 
-def _fill_int8(message: pb.Tensor, array: Array, groups: int) -> None:
-    whole, scales = int8.quantise(array.reshape(_runs(array.shape, groups)))
-    _fill(message, whole.reshape(array.shape), INT8)
-    message.scales = scales.tobytes()
+def _fill_rounded(message: pb.Tensor, array: Array, dtype: "pb.Dtype.ValueType", groups: int) -> None:
+    rounding = ROUNDINGS[dtype]
+    whole, scales = rounding.quantise(array.reshape(_runs(array.shape, groups)))
+    message.dtype = dtype
+    message.shape.extend(array.shape)
+    message.data = rounding.pack(whole.reshape(math.prod(array.shape[:-1]), array.shape[-1]))
+    message.scales = rounding.pack_scales(scales)
 
 
 def _runs(shape: Sequence[int], groups: int) -> tuple[int, int]:
@@ -140,16 +179,16 @@ def decode(
     Returns
     -------
     Tensor
-        In the wire dtype (int8: in float32), contiguous, writable, all elements finite.
+        In the wire dtype (int8, int4: in float32), contiguous, writable, all elements finite.
 
     Raises
     ------
     WireError
         On a wrong dtype, shape or byte count, on NaN or infinity, or on scales that cannot be.
     """
-    if dtype == INT8:
-        return torch.from_numpy(_decode_int8(message, shape, what, groups))
-    buffer = _checked(message, dtype, shape, what)
+    if dtype in ROUNDINGS:
+        return torch.from_numpy(_decode_rounded(message, dtype, shape, what, groups))
+    buffer = _checked_floats(message, dtype, shape, what)
     if not buffer:
         return torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype])
     return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(tuple(shape))
@@ -159,34 +198,51 @@ def decode_array(
     message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str, groups: int = 1
 ) -> Array:
     """Do as `decode` does, but return a float32 array: an exchange is faster without torch."""
-    if dtype == INT8:
-        return _decode_int8(message, shape, what, groups)
-    bits = np.frombuffer(_checked(message, dtype, shape, what), _NUMPY[dtype])
+    if dtype in ROUNDINGS:
+        return _decode_rounded(message, dtype, shape, what, groups)
+    bits = np.frombuffer(_checked_floats(message, dtype, shape, what), _NUMPY[dtype])
     if dtype == pb.DTYPE_BFLOAT16:
         return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
     return bits.astype(np.float32, copy=False).reshape(shape)
 
 
-def _decode_int8(message: pb.Tensor, shape: Sequence[int], what: str, groups: int) -> Array:
-    """Return the tensor in an int8 message, float32."""
-    whole = np.frombuffer(_checked(message, INT8, shape, what), np.int8)
+def _decode_rounded(
+    message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str, groups: int
+) -> Array:
+    """Return the tensor in a message of rounded numbers, float32."""
+    rounding = ROUNDINGS[dtype]
+    data = _checked(message, dtype, shape, what)
     runs, length = _runs(shape, groups)
-    raw, expected = message.scales, runs * int8.SCALE_BYTES  # one read, every access copies
+    raw, expected = message.scales, runs * rounding.SCALE_BYTES  # one read, every access copies
     if len(raw) != expected:
         raise WireError(f"{what}: {len(raw)} bytes of scales, expected {expected} for {tuple(shape)}")
-    scales = np.frombuffer(raw, np.float32)
-    if not np.logical_and.reduce((scales >= 0) & (scales <= int8.LARGEST_SCALE)):
+    scales = rounding.unpack_scales(raw)
+    if not np.logical_and.reduce((scales >= 0) & (scales <= rounding.LARGEST_SCALE)):
         if not np.isfinite(scales).all():
             raise WireError(f"{what}: holds NaN or infinity in a scale; every element must be finite")
-        wrong = "negative" if (scales < 0).any() else f"so large that {int8.LARGEST} times it is infinite"
-        raise WireError(f"{what}: a scale is {wrong}")
-    if whole.size and np.minimum.reduce(whole) < -int8.LARGEST:
-        raise WireError(f"{what}: holds -128; int8 goes from -{int8.LARGEST} to {int8.LARGEST}")
-    return int8.restore(whole.reshape(runs, length), scales).reshape(shape)
+        large = f"so large that {rounding.LARGEST} times it is infinite"
+        raise WireError(f"{what}: a scale is {'negative' if (scales < 0).any() else large}")
+    try:
+        whole = rounding.unpack(data, shape[-1])
+    except ValueError as error:
+        raise WireError(f"{what}: {error}") from None
+    return rounding.restore(whole.reshape(runs, length), scales).reshape(shape)
+
+
+def _checked_floats(
+    message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str
+) -> bytearray:
+    """Return the message's elements, all finite, in a buffer of their own."""
+    buffer = _checked(message, dtype, shape, what)
+    elements = np.frombuffer(buffer, _NUMPY[dtype])
+    finite = (elements & 0x7F80) != 0x7F80 if dtype == pb.DTYPE_BFLOAT16 else np.isfinite(elements)
+    if not np.logical_and.reduce(finite):
+        raise WireError(f"{what}: holds NaN or infinity; every element must be finite")
+    return buffer
 
 
 def _checked(message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str) -> bytearray:
-    """Return the message's elements, all finite, in a buffer of their own."""
+    """Return the message's data, as much as the shape says, in a buffer of its own."""
     if message.dtype != dtype:
         raise WireError(
             f"{what}: dtype is {dtype_name(message.dtype)}, this session agreed on {dtype_name(dtype)}"
@@ -194,11 +250,7 @@ def _checked(message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[in
     if len(message.shape) != len(shape) or tuple(message.shape) != tuple(shape):
         raise WireError(f"{what}: shape is {tuple(message.shape[:8])}, expected {tuple(shape)}")
     buffer = bytearray(message.data)  # one read, every access copies; writable, so that torch may own it
-    expected = math.prod(shape) * _ITEM_BYTES[dtype]
+    expected = math.prod(shape[:-1]) * row_bytes(dtype, shape[-1], groups=0)
     if len(buffer) != expected:
         raise WireError(f"{what}: {len(buffer)} bytes of data, expected {expected} for {tuple(shape)}")
-    elements = np.frombuffer(buffer, _NUMPY[dtype])
-    finite = (elements & 0x7F80) != 0x7F80 if dtype == pb.DTYPE_BFLOAT16 else np.isfinite(elements)
-    if not np.logical_and.reduce(finite):
-        raise WireError(f"{what}: holds NaN or infinity; every element must be finite")
     return buffer

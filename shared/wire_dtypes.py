@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
-from shared.wire import DTYPE_NAMES, dtype_name, row_bytes
+from shared.wire import DTYPE_NAMES, INT4, dtype_name, row_bytes
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,25 @@ class WireDtypes:
     Parameters
     ----------
     hidden
-        Of h0 and hL: one scale a row where it is int8.
+        Of h0 and hL: one scale a row where it is int8. Not int4, which is too coarse for them.
     codes, residual_codes
-        Of xA and xAM: one scale for each group of a row where it is int8.
+        Of xA and xAM: one scale for each group of a row where it is int8 or int4.
     """
 
     hidden: "pb.Dtype.ValueType"
     codes: "pb.Dtype.ValueType"
     residual_codes: "pb.Dtype.ValueType"
+
+    def __post_init__(self) -> None:
+        """Refuse what no session may agree on.
+
+        Raises
+        ------
+        ValueError
+            If hidden states would travel as int4.
+        """
+        if self.hidden == INT4:
+            raise ValueError("hidden states do not travel as int4; it is for codes and residual codes")
 
     @classmethod
     def all(cls, dtype: "pb.Dtype.ValueType") -> "WireDtypes":
@@ -41,7 +52,7 @@ class WireDtypes:
         Raises
         ------
         ValueError
-            If there is no dtype of a name.
+            If there is no dtype of a name, or hidden states would travel as int4.
         """
         return cls(*(_number(default if name is None else name) for name in (hidden, codes, residual_codes)))
 

@@ -329,5 +329,6 @@ class TuneStream:
 
 def no_gradients(name: str) -> str:
     """Return, for messages, why the dtype called ``name`` is not used for tuning."""
-    why = "for which it is too coarse" if name == "int8" else "which underflow in it"
+    coarse = wire.DTYPE_NAMES.get(name) in wire.ROUNDINGS
+    why = "for which it is too coarse" if coarse else "which underflow in it"
     return f"{name} cannot carry gradients, {why}"

@@ -21,6 +21,7 @@ from edge_client.tuning.loss import Head
 from edge_client.tuning.rows import DataError
 from edge_client.tuning.run import Job, start
 from edge_client.tuning.weights import joined
+from edge_client.wire_cost import wire_cost
 from shared import lowrank
 from shared.adapter import Adapter
 from shared.checkpoint import Checkpoint
@@ -40,9 +41,14 @@ PLANS: tuple[dict[str, Any], ...] = (
     {"name": "mixed", "head_layers": 1, "tail_layers": 1, "lora_rank": 2, "layers": [1, 2],
      "r_c2d": 7, "r_d2c": 5},
     {"name": "trip", "one_trip": True, "lora_rank": 2, "r_c2d": 6, "r_d2c": 4},
+    {"name": "trip-shared", "one_trip": True, "lora_rank": 2, "r_c2d": 6, "r_d2c": 4,
+     "share_residual_codes": 2},
+    {"name": "shared", "head_layers": 1, "lora_rank": 2, "layers": [2, 3], "exchange_layers": [2],
+     "share_residual_codes": 2, "r_c2d": 7, "r_d2c": 5, "layout": "fused"},
 )  # fmt: skip
 
 
+NOT_MERGED = ("trip", "trip-shared", "shared")
 STEP_TOKENS = 7
 
 
@@ -56,10 +62,10 @@ class Served:
     model: Any
     folder: Path
 
-    def edge(self, plan: str) -> PrivateLoraForCausalLM:
+    def edge(self, plan: str, **options: Any) -> PrivateLoraForCausalLM:
         """Return an edge with random personal weights."""
         folders = {"config_dir": self.folder / "pins", "cache_dir": self.folder / "edge"}
-        edge = PrivateLoraForCausalLM.from_cloud(self.process.address, plan=plan, **folders)
+        edge = PrivateLoraForCausalLM.from_cloud(self.process.address, plan=plan, **folders, **options)
         empty = edge.adapter
         edge.set_adapter(Adapter.random(empty.plan, empty.fingerprint, seed=0, std=0.4))
         return edge
@@ -89,13 +95,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         assert "Traceback" not in process.logs()
 
 
-@pytest.mark.parametrize("plan", ["ends", "tail", "head", "mixed", "trip"])
+@pytest.mark.parametrize("plan", ["ends", "tail", "head", "mixed", "trip", "trip-shared", "shared"])
 def test_tokens_are_those_of_the_merged_model(served: Served, plan: str) -> None:
     with served.edge(plan) as edge:
         adapter = edge.adapter
         matrices = served.lowrank(adapter.plan)
         weights = matrices, adapter.matrices, adapter.factors
-        if plan == "trip":  # a residual that depends on another layer cannot be merged
+        if plan in NOT_MERGED:  # a residual that depends on another layer cannot be merged
             mine = Reference(copy.deepcopy(served.model), adapter.plan, *weights)
         else:
             mine = merged(served.model, adapter.plan, *weights)
@@ -106,7 +112,7 @@ def test_tokens_are_those_of_the_merged_model(served: Served, plan: str) -> None
         before = edge.traffic()
         compare(wanted[:1], continuation(edge))
         steps = -(-len(wanted[0].prompt) // STEP_TOKENS) + 11  # the last chunk of the prompt gives a token
-        trips = {"mixed": 2}.get(plan, 1)  # its first exchange is done on this side
+        trips = {"mixed": 2, "shared": 2}.get(plan, 1)  # its first exchange is done on this side
         assert (edge.traffic() - before).round_trips == steps * trips == steps * adapter.plan.round_trips
         beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         ids = torch.tensor(prompts(1))
@@ -159,7 +165,7 @@ def reference(served: Served, adapter: Adapter, examples: list[Example]) -> tupl
     return float(loss.detach()), joined(gradients, {name: leaf.grad for name, leaf in leaves.items()})
 
 
-@pytest.mark.parametrize("plan", ["ends", "tail", "mixed", "trip"])
+@pytest.mark.parametrize("plan", ["ends", "tail", "mixed", "trip", "trip-shared", "shared"])
 def test_gradients_are_those_of_one_process(served: Served, plan: str) -> None:
     with served.edge(plan) as edge:
         adapter, connection, offer = edge.adapter, edge.connection, edge.offer
@@ -184,6 +190,25 @@ def test_gradients_are_those_of_one_process(served: Served, plan: str) -> None:
         for key, gradient in expected.items():
             difference = (measured.gradients[key] - gradient).norm()
             assert difference <= 1e-9 * gradient.norm(), key
+
+
+@pytest.mark.parametrize("plan", ["trip", "trip-shared", "shared"])
+@pytest.mark.parametrize("residual_codes", ["float32", "int4"])
+def test_what_is_shared_is_sent_once(served: Served, plan: str, residual_codes: str) -> None:
+    """The formula's bytes, of steps that each give one token."""
+    with served.edge(plan, wire_dtype="float32", residual_codes_wire_dtype=residual_codes) as edge:
+        ids, options = torch.tensor(prompts(1)), {"do_sample": False, "pad_token_id": 0}
+        short = edge.generate(ids, max_new_tokens=12, min_new_tokens=12, **options)
+        before = edge.traffic()
+        longer = edge.generate(ids, max_new_tokens=36, min_new_tokens=36, **options)
+        spent = edge.traffic() - before
+        assert torch.equal(longer[:, : short.shape[1]], short)
+        found, cost = edge.adapter.plan, wire_cost(edge.adapter.plan, edge.wire_dtypes)
+        assert len(found.owners) == {"trip": 3, "trip-shared": 2, "shared": 1}[plan]
+        steps = spent.round_trips // cost.round_trips
+        assert 24 <= steps <= 36
+        assert spent.bytes_up == pytest.approx(steps * cost.up, rel=0.08)  # sizes below 128 take a byte less
+        assert spent.bytes_down == pytest.approx(steps * cost.down, rel=0.08)
 
 
 def test_an_edge_fetches_the_layers_of_its_plan_and_no_others(served: Served) -> None:

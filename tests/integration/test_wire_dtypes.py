@@ -47,10 +47,14 @@ def answers(edge: PrivateLoraForCausalLM, tokens: int = NEW_TOKENS) -> list[int]
 
 @pytest.mark.parametrize(
     "dtypes",
-    [{"wire_dtype": "int8"}, {"residual_codes_wire_dtype": "int8", "hidden_wire_dtype": "bfloat16"}],
-    ids=["all", "some"],
+    [
+        {"wire_dtype": "int8"},
+        {"residual_codes_wire_dtype": "int8", "hidden_wire_dtype": "bfloat16"},
+        {"wire_dtype": "int4", "hidden_wire_dtype": "int8"},
+    ],
+    ids=["all", "some", "int4"],
 )
-def test_an_int8_session(open_edge: Any, dtypes: dict[str, str]) -> None:
+def test_a_session_of_rounded_tensors(open_edge: Any, dtypes: dict[str, str]) -> None:
     found, spent = [], []
     for _ in range(2):  # two sessions, and what the second says costs what the first did
         with open_edge(**dtypes) as edge:

@@ -107,7 +107,14 @@ def test_each_kind_of_tensor_may_travel_otherwise(tmp_path):
     assert (settings.wire_dtype, settings.hidden_wire_dtype) == ("bfloat16", None)
     assert (settings.codes_wire_dtype, settings.residual_codes_wire_dtype) == (None, "int8")
     assert load_config(file, wire_dtype="int8").wire_dtype == "int8"
-    for field in ("codes_wire_dtype = 'int4'", "dtype = 'int8'"):  # nobody computes in it
+    assert load_config(residual_codes_wire_dtype="int4", codes_wire_dtype="int4").codes_wire_dtype == "int4"
+    # Hidden states do not take int4, and nobody computes in int8.
+    for field in (
+        "codes_wire_dtype = 'int2'",
+        "hidden_wire_dtype = 'int4'",
+        "wire_dtype = 'int4'",
+        "dtype = 'int8'",
+    ):
         file.write_text(field)
         with pytest.raises(SettingsError, match=field.partition(" ")[0]):
             load_config(file)

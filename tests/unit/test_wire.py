@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import int8, wire
+from benchmarks.capture import rows
+from shared import int4, int8, wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.wire import WireError, decode, encode
 
@@ -246,3 +247,91 @@ def test_dtypes_have_names() -> None:
     assert {
         wire.WIRE_DTYPES[torch_dtype]: torch_dtype for torch_dtype in wire.WIRE_DTYPES
     } == wire.TORCH_DTYPES
+
+
+# --- int4 ---------------------------------------------------------------------------------------------------
+
+
+def halved(data: bytes, scales: list[float], shape: tuple[int, ...] = (2, 3)) -> pb.Tensor:
+    bits = np.array(scales, "<f4").view("<u4") >> 16
+    return pb.Tensor(dtype=wire.INT4, shape=shape, data=data, scales=bits.astype("<u2").tobytes())
+
+
+@pytest.mark.parametrize(("width", "groups"), [(6, 1), (6, 3), (9, 3), (5, 1)])
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_int4_is_the_rounding_of_each_group(tokens: int, width: int, groups: int) -> None:
+    sent = noise(tokens, width) * torch.logspace(-3, 3, width)
+    message = pb.Tensor.FromString(encode(sent, wire.INT4, groups).SerializeToString())
+    assert len(message.data) == -(-width // 2) * tokens and len(message.scales) == 2 * groups * tokens
+    assert len(message.data) + len(message.scales) == tokens * wire.row_bytes(wire.INT4, width, groups)
+    runs = sent.numpy().reshape(tokens * groups, width // groups)
+    expected = int4.restore(*int4.quantise(runs)).reshape(tokens, width)
+    got = decode(message, dtype=wire.INT4, shape=(tokens, width), what="it", groups=groups)
+    assert got.dtype == torch.float32 and np.array_equal(got.numpy(), expected)
+    array = wire.decode_array(message, dtype=wire.INT4, shape=(tokens, width), what="it", groups=groups)
+    assert np.array_equal(array, expected)
+    filled = pb.Tensor()
+    wire.fill_array(filled, sent.numpy(), wire.INT4, groups)
+    assert filled == message
+    if tokens:
+        seen = rows(message).reshape(tokens, width)  # as the benchmarks read what they capture
+        assert np.array_equal(seen, expected)
+
+
+@pytest.mark.parametrize("kind", wire.TORCH_DTYPES.values())
+def test_int4_of_any_dtype_and_strides(kind: torch.dtype) -> None:
+    sent = noise(4, 3).to(kind).T
+    assert encode(sent, wire.INT4) == encode(sent.to(torch.float32).contiguous(), wire.INT4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e39])
+def test_int4_of_what_is_not_finite_is_refused(value: float) -> None:
+    tensor = noise(3, 4).double()
+    tensor[2, 3] = value
+    with pytest.raises(WireError, match="codes: holds NaN or infinity in a scale"):
+        decode(encode(tensor, wire.INT4, 2), dtype=wire.INT4, shape=(3, 4), what="codes", groups=2)
+
+
+def test_int4_of_the_largest_numbers_comes_back_finite() -> None:
+    sent = torch.tensor([[torch.finfo(torch.float32).max, torch.finfo(torch.float32).min]])
+    got = decode(encode(sent, wire.INT4), dtype=wire.INT4, shape=(1, 2), what="it")
+    assert got.isfinite().all() and ((got - sent).abs() <= sent.abs() / 14).all()
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (halved(bytes(4), []), "it: 0 bytes of scales, expected 4"),
+        (halved(bytes(4), [1]), "it: 2 bytes of scales, expected 4"),
+        (halved(bytes(4), [1] * 4), "it: 8 bytes of scales, expected 4"),
+        (halved(bytes(4), [1, -1]), "it: a scale is negative"),
+        (halved(bytes(4), [1, np.nan]), "it: holds NaN or infinity"),
+        (halved(bytes(4), [1, np.inf]), "it: holds NaN or infinity"),
+        (halved(bytes(4), [1, -np.inf]), "it: holds NaN or infinity"),
+        (halved(bytes(4), [1, 5e37]), "it: a scale is so large that 7 times it is infinite"),
+        (halved(b"\0\0\x08\0", [1, 1]), "it: holds -8; int4 goes from -7 to 7"),
+        (halved(b"\0\0\0\x10", [1, 1]), "it: holds a number behind the end of a row"),
+        (halved(bytes(3), [1, 1]), "it: 3 bytes of data, expected 4"),
+        (halved(bytes(6), [1, 1]), "it: 6 bytes of data, expected 4"),
+        (halved(bytes(4), [1, 1], (3, 2)), r"it: shape is \(3, 2\), expected \(2, 3\)"),
+        (scaled(bytes(6), [1, 1]), "dtype is int8, this session agreed on int4"),
+    ],
+)
+def test_int4_that_cannot_be(message: pb.Tensor, words: str) -> None:
+    with pytest.raises(WireError, match=words):
+        decode(message, dtype=wire.INT4, shape=(2, 3), what="it")
+
+
+def test_int4_that_was_not_agreed() -> None:
+    with pytest.raises(WireError, match="it: dtype is int4, this session agreed on int8"):
+        decode(halved(bytes(4), [1, 1]), dtype=wire.INT8, shape=(2, 3), what="it")
+
+
+@given(data=st.binary(min_size=4, max_size=4), scales=st.binary(min_size=4, max_size=4))
+def test_any_bytes_are_int4_or_an_error(data: bytes, scales: bytes) -> None:
+    message = pb.Tensor(dtype=wire.INT4, shape=[2, 3], data=data, scales=scales)
+    try:
+        got = decode(message, dtype=wire.INT4, shape=(2, 3), what="it")
+    except WireError:
+        return
+    assert got.shape == (2, 3) and got.isfinite().all()

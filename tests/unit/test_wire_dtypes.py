@@ -1,9 +1,11 @@
 """What a session's tensors travel in: as asked, by kind, with the one for all where nothing is said."""
 
+import itertools
+
 import pytest
 import torch
 
-from edge_client.wire_cost import WireCost, wire_cost
+from edge_client.wire_cost import wire_cost
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
@@ -27,10 +29,10 @@ def test_what_is_asked_for_is_understood() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"wire_dtype": 0}, "^wire dtype must be one of float32, .*int8, got unknown dtype 0"),
+        ({"wire_dtype": 0}, "^wire dtype must be one of float32, .*int8, int4, got unknown dtype 0"),
         ({"wire_dtype": 17}, "^wire dtype must be one of"),
         ({"hidden_dtype": 17}, "^hidden dtype must be one of"),
-        ({"codes_dtype": 6}, "^codes dtype must be one of"),
+        ({"codes_dtype": 7}, "^codes dtype must be one of"),
         ({"residual_codes_dtype": 17}, "^residual codes dtype must be one of .* unknown dtype 17"),
     ],
 )
@@ -40,48 +42,96 @@ def test_what_is_no_dtype(fields: dict[str, int], words: str) -> None:
 
 
 def test_a_name_that_is_no_dtype() -> None:
-    with pytest.raises(ValueError, match="wire dtype 'int4' is not one of float32, .*int8"):
-        WireDtypes.named("float32", codes="int4")
+    with pytest.raises(ValueError, match="wire dtype 'int2' is not one of float32, .*int8, int4"):
+        WireDtypes.named("float32", codes="int2")
 
 
-def test_the_cost_counts_each_kind_and_its_scales() -> None:
-    """Two exchanges of three groups; the first is answered with h0."""
-    assert wire_cost(PLAN, WireDtypes.named("float32")) == WireCost(
-        up=(8 * 4 + 26 + 5) + (9 * 4 + 18) + (9 * 4 + 23 + 5),
-        down=(8 * 4 + 18 + 5) + (6 * 4 + 20 + 5),
-        round_trips=2,
-    )
-    mixed = WireDtypes.named("int8", codes="bfloat16")
-    assert wire_cost(PLAN, mixed) == WireCost(
-        up=(8 + 6 + 26 + 5) + (9 + 3 * 4 + 2 + 18) + (9 + 3 * 4 + 2 + 23 + 5),
-        down=(8 + 6 + 18 + 5) + (6 * 2 + 20 + 5),
-        round_trips=2,
-    )
+def test_hidden_states_do_not_travel_as_int4() -> None:
+    for fields in ({"wire_dtype": pb.DTYPE_INT4}, {"hidden_dtype": pb.DTYPE_INT4}):
+        with pytest.raises(ValueError, match="hidden states do not travel as int4"):
+            WireDtypes.asked(pb.Open(**{"wire_dtype": pb.DTYPE_FLOAT32} | fields))
+    for names in (("int4",), ("float32", "int4")):
+        with pytest.raises(ValueError, match="hidden states do not travel as int4"):
+            WireDtypes.named(*names)
+    asked = WireDtypes.named("int4", hidden="int8")
+    assert asked == WireDtypes(pb.DTYPE_INT8, pb.DTYPE_INT4, pb.DTYPE_INT4)
 
 
-@pytest.mark.parametrize("names", [("float32",), ("int8",), ("bfloat16", "int8", "bfloat16", "int8")])
-def test_the_cost_is_what_messages_take(names: tuple[str, ...]) -> None:
-    """Of a plan as large as the demo's; a byte or two a message depend on step numbers and sizes."""
-    layers = tuple(range(30))
-    plan = Plan.subset(layers, name="p", backbone="b", num_layers=30, hidden_size=576, rank=64)
-    dtypes = WireDtypes.named(*names)
-    step, down = 300, 0
-    request = pb.DecodeRequest(step=pb.Step(step=step, spans=[pb.Span(row=0, start=300, count=1, keep=1)]))
-    wire.fill(request.step.hidden, torch.randn(1, 576), dtypes.hidden)
-    up = 0
-    for layer in layers:
-        z = pb.LayerCodes(layer=layer)
-        wire.fill(z.codes, torch.randn(1, plan.residual_width), dtypes.residual_codes, plan.groups)
-        if layer == 0:
-            request.step.residual_codes.append(z)
-            up += request.ByteSize() + wire.FRAME_BYTES
+# --- what it costs ------------------------------------------------------------------------------------------
+
+SMALL = {"name": "p", "backbone": "b", "num_layers": 4, "hidden_size": 8, "r_c2d": 2, "r_d2c": 3}
+LARGE = {"name": "p", "backbone": "b", "num_layers": 30, "hidden_size": 576, "rank": 64}
+PLANS = {
+    "small": PLAN,
+    "fused": Plan.subset(layout="fused", **SMALL),
+    "shared": Plan.subset(exchange_layers=(0, 2), share_residual_codes=2, **SMALL),
+    "shared-late": Plan.subset((1, 2, 3), exchange_layers=(1,), share_residual_codes=2, **SMALL),
+    "none": Plan.subset((), head_layers=1, **SMALL),
+    "demo": Plan.subset(**LARGE),
+    "one-trip": Plan.one_trip((), lora_rank=0, **LARGE),
+    "one-trip-shared": Plan.one_trip((), lora_rank=0, share_residual_codes=4, **LARGE),
+}
+KINDS = [  # of hidden states, codes and residual codes
+    ("float32",) * 3, ("bfloat16",) * 3, ("int8",) * 3, ("int8", "bfloat16", "int8"),
+    ("int8", "int4", "int4"),
+    ("bfloat16", "bfloat16", "int4"),
+]  # fmt: skip
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+
+
+def messages_bytes(plan: Plan, dtypes: WireDtypes, number: int) -> tuple[int, int]:
+    """Return what the messages of a token take up and down, with their frames, made as the two sides do."""
+    step = pb.Step(step=number, spans=[pb.Span(row=0, start=number, count=1, keep=1)])
+    wire.fill(step.hidden, torch.randn(1, plan.hidden_size), dtypes.hidden)
+    up, down = [], [pb.DecodeResponse(hidden=pb.Hidden(step=number))]
+    wire.fill(down[0].hidden.hidden, torch.randn(1, plan.hidden_size), dtypes.hidden)
+    for exchange in plan.exchange_layers:
+        answers = [pb.LayerCodes(layer=owner) for owner in plan.fed_by(exchange)]
+        for answer in answers:
+            wire.fill(answer.codes, torch.randn(1, plan.residual_width), dtypes.residual_codes, plan.groups)
+        if exchange == plan.cloud_layers.start:
+            step.residual_codes.extend(answers)
             continue
-        answer = pb.DecodeRequest(residual_codes=pb.ResidualCodes(step=step, residual_codes=[z]))
-        response = pb.DecodeResponse(codes=pb.Codes(step=step, layer=layer))
+        up.append(
+            pb.DecodeRequest(residual_codes=pb.ResidualCodes(step=number, residual_codes=answers)),
+        )
+        response = pb.DecodeResponse(codes=pb.Codes(step=number, layer=exchange))
         wire.fill(response.codes.codes, torch.randn(1, plan.codes_width), dtypes.codes, plan.groups)
-        up, down = up + answer.ByteSize() + wire.FRAME_BYTES, down + response.ByteSize() + wire.FRAME_BYTES
-    last = pb.DecodeResponse(hidden=pb.Hidden(step=step))
-    wire.fill(last.hidden.hidden, torch.randn(1, 576), dtypes.hidden)
-    down += last.ByteSize() + wire.FRAME_BYTES
+        down.append(response)
+    up.append(pb.DecodeRequest(step=step))
+    sent, received = (sum(m.ByteSize() + wire.FRAME_BYTES for m in way) for way in (up, down))
+    return sent, received
+
+
+@pytest.mark.parametrize("names", KINDS, ids=str)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_cost_is_what_messages_take(plan: Plan, names: tuple[str, str, str]) -> None:
+    dtypes = WireDtypes.named("float32", *names)
     cost = wire_cost(plan, dtypes)
-    assert cost.up == pytest.approx(up, rel=0.01) and cost.down == pytest.approx(down, rel=0.01)
+    assert (cost.up, cost.down) == messages_bytes(plan, dtypes, 100) and cost.round_trips == plan.round_trips
+    later = messages_bytes(plan, dtypes, 5000)  # a byte more a number, and where lengths grow by that
+    messages = 2 * plan.round_trips
+    assert 0 < sum(later) - cost.up - cost.down <= 4 * messages
+
+
+@pytest.mark.parametrize("names", KINDS, ids=str)
+@pytest.mark.parametrize("name", ["demo", "one-trip", "one-trip-shared"])
+def test_the_cost_is_the_readmes_formula(name: str, names: tuple[str, str, str]) -> None:
+    (hidden, codes, residual), plan, dtypes = names, PLANS[name], WireDtypes.named("float32", *names)
+    extra = {"int8": 4 * plan.groups + 2, "int4": 2 * plan.groups + 2}
+    h0 = plan.hidden_size * BITS[hidden] // 8 + (6 if hidden == "int8" else 0)
+    z = plan.residual_width * BITS[residual] // 8 + extra.get(residual, 0)
+    c = plan.codes_width * BITS[codes] // 8 + extra.get(codes, 0)
+    others, first = len(plan.exchange_layers) - 1, len(plan.fed_by(plan.exchange_layers[0]))
+    cost = wire_cost(plan, dtypes)
+    assert cost.up == pytest.approx(h0 + 26 + 5 + first * (z + 18) + others * (z + 23 + 5), rel=0.03)
+    assert cost.down == pytest.approx(h0 + 18 + 5 + others * (c + 20 + 5), rel=0.03)
+
+
+def test_sharing_and_int4_are_what_makes_it_small() -> None:
+    """Bytes of a position under the plan of one trip; 26, 13, 7 and 2 residual codes."""
+    int8, int4 = WireDtypes.named("int8"), WireDtypes.named("int8", residual_codes="int4")
+    each = [Plan.one_trip((), lora_rank=0, share_residual_codes=n, **LARGE) for n in (1, 2, 4, 13)]
+    found = [[sum((cost.up, cost.down)) for cost in (wire_cost(p, d) for p in each)] for d in (int8, int4)]
+    assert all(more > fewer for row in found for more, fewer in itertools.pairwise(row))
+    assert all(four < eight for eight, four in zip(*found, strict=True))

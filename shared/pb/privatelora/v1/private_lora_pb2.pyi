@@ -39,6 +39,10 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """For tests, and for clouds that compute in it."""
     DTYPE_INT8: _Dtype.ValueType  # 5
     """Whole numbers from -127 to 127, times a scale. On a Decode stream only."""
+    DTYPE_INT4: _Dtype.ValueType  # 6
+    """Whole numbers from -7 to 7, two a byte, times a scale. On a Decode stream
+    only, and not for hidden states.
+    """
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Dtype names the element type of a tensor's bytes."""
@@ -51,6 +55,10 @@ DTYPE_FLOAT64: Dtype.ValueType  # 4
 """For tests, and for clouds that compute in it."""
 DTYPE_INT8: Dtype.ValueType  # 5
 """Whole numbers from -127 to 127, times a scale. On a Decode stream only."""
+DTYPE_INT4: Dtype.ValueType  # 6
+"""Whole numbers from -7 to 7, two a byte, times a scale. On a Decode stream
+only, and not for hidden states.
+"""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 @_typing.final
@@ -65,10 +73,13 @@ class Tensor(_message.Message):
     SCALES_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     data: _builtins.bytes
+    """Of DTYPE_INT4: each row begins a byte, its even numbers in the low halves;
+    the half that a row of an odd width leaves over is 0.
+    """
     scales: _builtins.bytes
-    """Of DTYPE_INT8 only: raw little-endian float32, not negative, and 127 times
-    each is finite. One for each row; for codes and residual codes one for
-    each group of each row, in that order.
+    """Of DTYPE_INT8 (float32) and DTYPE_INT4 (bfloat16) only: raw little-endian,
+    not negative, and 127 or 7 times each is finite. One for each row; for
+    codes and residual codes one for each group of each row, in that order.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
