@@ -138,6 +138,7 @@ def test_a_silent_edge_is_cut_off(edge: RawEdge) -> None:
         ({"protocol_version": 9}, Code.FAILED_PRECONDITION, "protocol version 9"),
         ({"wire_dtype": pb.DTYPE_FLOAT16}, Code.INVALID_ARGUMENT, "underflow in float16"),
         ({"wire_dtype": pb.DTYPE_INT8}, Code.INVALID_ARGUMENT, "int8 is too coarse for gradients"),
+        ({"wire_dtype": pb.DTYPE_INT4}, Code.INVALID_ARGUMENT, "int4 is too coarse for gradients"),
         ({"wire_dtype": 17}, Code.INVALID_ARGUMENT, "wire dtype must be one of"),
         ({"fingerprint": pb.Fingerprint()}, Code.NOT_FOUND, "no such plan here"),
     ],

@@ -72,3 +72,15 @@ def test_the_version_that_is_installed(app):
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.output.strip() == version("privatelora")
+
+
+def test_a_plan_in_json_says_how_many_layers_share(tmp_path):
+    checkpoint = open_folder(tiny.write(tmp_path / "m", num_hidden_layers=tiny.LAYERS), "tiny")
+    text = '{"name": "s", "one_trip": true, "share_residual_codes": 2, "r_c2d": 4, "r_d2c": 3}'
+    plan = plan_of(plan_config(text), checkpoint)
+    assert plan.adapted_layers == (1, 2) and plan.owners == (1,) and plan.served_by(1) == (1, 2)
+    shape = '"layers": [0, 1, 2], "exchange_layers": [0, 2], "r_c2d": 4, "r_d2c": 3'
+    grouped = f'{{"name": "g", {shape}, "share_residual_codes": 3}}'
+    assert plan_of(plan_config(grouped), checkpoint).owners == (0, 2)
+    with pytest.raises(ValueError, match="share_residual_codes"):
+        plan_config('{"name": "s", "share_residual_codes": 0}')
