@@ -5,7 +5,6 @@ travel with the hidden states. Where all adapted layers take their codes from th
 all. Knows nothing about sessions or M.
 """
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
+from edge_client.hollow import hollow
 from edge_client.parts import read_exact
 from edge_client.precision import fitted
 from shared.edge_parts import CODES_A, CODES_NORM, codes_file
@@ -36,12 +36,8 @@ class FirstCodes:
 
     def __init__(self, config: PreTrainedConfig, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         self.layer = plan.exchange_layers[0]
-        hollow = copy.deepcopy(config)
-        hollow.num_hidden_layers = 1
-        if getattr(hollow, "layer_types", None):
-            hollow.layer_types = hollow.layer_types[:1]
         with torch.device("meta"):
-            skeleton: Any = AutoModel.from_config(hollow)  # type: ignore[no-untyped-call]
+            skeleton: Any = AutoModel.from_config(hollow(config))  # type: ignore[no-untyped-call]
         self._norm: nn.Module = skeleton.layers[0].input_layernorm
         weight = nn.Parameter(fitted(CODES_NORM, tensors[CODES_NORM], torch.float32), requires_grad=False)
         self._norm.register_parameter("weight", weight)

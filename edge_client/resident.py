@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
+from edge_client.hollow import hollow
 from edge_client.parts import read_layer
 from edge_client.precision import fitted
 from edge_client.resident_cache import RowCache
@@ -64,10 +65,10 @@ class Resident:
         dtype: torch.dtype,
     ) -> None:
         self.plan, self.device, self.dtype = plan, torch.device(device), dtype
-        hollow = _hollow(config, plan)
+        own = _config_of(config, plan)
         with torch.device("meta"):
-            skeleton = AutoModel.from_config(hollow)  # type: ignore[no-untyped-call]
-        self.rotary_module = type(skeleton.rotary_emb)(hollow).to(self.device)
+            skeleton = AutoModel.from_config(own)  # type: ignore[no-untyped-call]
+        self.rotary_module = type(skeleton.rotary_emb)(own).to(self.device)
         kinds, windows = layer_types(config), geometry(config).windows
         self.rotary_kinds = tuple(k for k in rope_parameters(config) if k == "all" or k in kinds)
         self.kinds = [kinds[i] if kinds[i] in self.rotary_kinds else "all" for i in plan.resident_layers]
@@ -99,7 +100,7 @@ class Resident:
             If the plan or a layer's file does not fit the model's code, or numbers do not fit ``dtype``.
         """
         with torch.device("meta"):
-            skeleton = AutoModel.from_config(_hollow(config, plan))  # type: ignore[no-untyped-call]
+            skeleton = AutoModel.from_config(_config_of(config, plan))  # type: ignore[no-untyped-call]
         tensors = {}
         products = {
             name: (part.in_features, part.out_features)
@@ -229,13 +230,10 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [*runs, (lo, len(lengths))]
 
 
-def _hollow(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+def _config_of(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     """Return a config whose layers are the resident ones alone."""
-    hollow = copy.deepcopy(config)
-    hollow.num_hidden_layers = len(plan.resident_layers)
-    if getattr(config, "layer_types", None):
-        hollow.layer_types = [config.layer_types[layer] for layer in plan.resident_layers]
+    own = hollow(config, plan.resident_layers)
     # Bounded logits exist in Hugging Face's plain attention only.
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    hollow._attn_implementation = "eager" if capped else "sdpa"
-    return hollow
+    own._attn_implementation = "eager" if capped else "sdpa"
+    return own

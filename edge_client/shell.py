@@ -5,7 +5,6 @@ The modules are the Hugging Face family's own, so that an embedding scale, a nor
 model that they are taken from are never given memory.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from edge_client.hollow import hollow
 from edge_client.precision import fitted
 
 
@@ -46,12 +46,8 @@ def build_shell(
     ValueError
         If a weight holds NaN or infinity, as stored or in ``dtype``.
     """
-    hollow = copy.deepcopy(config)
-    hollow.num_hidden_layers = 1
-    if getattr(hollow, "layer_types", None):
-        hollow.layer_types = hollow.layer_types[:1]
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(hollow, dtype=dtype)  # type: ignore[no-untyped-call]
+        whole = AutoModelForCausalLM.from_config(hollow(config), dtype=dtype)  # type: ignore[no-untyped-call]
     base = whole.model
     softcap = getattr(config, "final_logit_softcapping", None)
     shell = Shell(base.embed_tokens, base.norm, whole.lm_head, softcap)
