@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.generation.stopping_criteria import StoppingCriteria
 
 from benchmarks.processes import CloudProcess
 from edge_client.model import PrivateLoraForCausalLM
@@ -121,6 +122,51 @@ def test_tokens_are_those_of_the_merged_model(served: Served, plan: str) -> None
             ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4, pad_token_id=0
         )
         assert drafted[0].tolist() == [*wanted[0].prompt, *wanted[0].tokens]
+
+
+class Interrupt(StoppingCriteria):
+    """Ctrl-C after some tokens."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("plan", ["ends", "trip"])
+def test_a_chat_with_layers_on_the_edge_goes_on_and_changes_adapters(served: Served, plan: str) -> None:
+    with served.edge(plan) as edge:
+        first = edge.adapter
+        matrices = served.lowrank(first.plan)
+
+        def wanted(adapter: Adapter, prompt: list[int]) -> Any:
+            weights = matrices, adapter.matrices, adapter.factors
+            model: Any = (
+                Reference(copy.deepcopy(served.model), adapter.plan, *weights)
+                if plan in NOT_MERGED
+                else merged(served.model, adapter.plan, *weights)
+            )
+            return greedy(model, prompt, 8)
+
+        (turn,) = prompts(1)
+        answered = wanted(first, turn)
+        with pytest.raises(KeyboardInterrupt):
+            edge.generate(torch.tensor([turn]), max_new_tokens=8, stopping_criteria=[Interrupt(3)])
+        assert compare([answered], continuation(edge)).exact
+        # The next turn sends what is new alone: the cloud and this side's layers hold the rest.
+        longer = [*answered.prompt, *answered.tokens, 5, 7, 9]
+        before = edge.positions()
+        assert compare([wanted(first, longer)], continuation(edge)).exact
+        assert edge.positions() - before == 1 + 3 + 7  # one left over, three new, an answer
+        second = Adapter.random(first.plan, first.fingerprint, seed=1, std=0.4)
+        edge.set_adapter(second)
+        other = wanted(second, longer)
+        assert other.tokens != wanted(first, longer).tokens
+        assert compare([other], continuation(edge)).exact
 
 
 def example(ids: list[int]) -> Example:
