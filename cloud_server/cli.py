@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloud_server.token_cli import app as token_app
 from shared.version import ShowVersion
 
 if TYPE_CHECKING:
@@ -141,6 +142,9 @@ def serve(
             raise
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+app.add_typer(token_app, name="token")  # after serve, so that help lists it first
 
 
 def _run(settings: "CloudConfig") -> None:

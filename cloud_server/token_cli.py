@@ -1,0 +1,64 @@
+"""``privatelora-cloud token``: who may use a cloud. Imports no torch."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Make, list and revoke the tokens by which edges are let in.", no_args_is_help=True)
+
+TokensFile = Annotated[
+    Path,
+    typer.Option(
+        "--tokens",
+        envvar="PRIVATELORA_CLOUD_TOKENS",
+        metavar="FILE",
+        help="The token file, the one given to `serve`; it holds names and digests, no token.",
+    ),
+]
+Name = Annotated[str, typer.Argument(help="Who the token is for; limits and logs go by this name.")]
+
+
+@app.command()
+def add(name: Name, tokens: TokensFile) -> None:
+    """Make a token and print it, once: it is kept nowhere.
+
+    A running cloud knows it at once. Give it to the edge by a safe way, in a file only its user can read.
+    """
+    from cloud_server.tokens import add as add_token
+
+    with _one_line_errors():
+        print(add_token(tokens, name))
+        print(f"the token of {name}; it cannot be shown again", file=sys.stderr)
+
+
+@app.command("list")
+def list_tokens(tokens: TokensFile) -> None:
+    """List names and when their tokens were made."""
+    from cloud_server.tokens import entries
+
+    with _one_line_errors():
+        for name, entry in sorted(entries(tokens).items()):
+            print(f"{name}\t{entry.created}")
+
+
+@app.command()
+def revoke(name: Name, tokens: TokensFile) -> None:
+    """Revoke a token. Running clouds end its streams within seconds."""
+    from cloud_server.tokens import revoke as revoke_token
+
+    with _one_line_errors():
+        revoke_token(tokens, name)
+        print(f"revoked the token of {name}", file=sys.stderr)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None

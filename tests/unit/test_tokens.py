@@ -1,0 +1,153 @@
+"""Tokens: shown once, kept as digests, known and revoked while a server runs."""
+
+import json
+import os
+import stat
+
+import pytest
+from typer.testing import CliRunner
+
+from cloud_server import cli, tokens
+from cloud_server.tokens import TokenBook, TokenFileError, add, entries, revoke
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "tokens.json"
+
+
+def test_a_token_is_random_and_is_not_in_the_file(path):
+    one, two = add(path, "laptop"), add(path, "jetson")
+    assert one != two
+    for token in (one, two):
+        assert token.startswith("plora_") and len(token) == len("plora_") + 43  # 256 bits, base64url
+    text = path.read_text()
+    assert one not in text and one[6:] not in text and set(json.loads(text)["tokens"]) == {"laptop", "jetson"}
+
+
+def test_the_file_is_its_owners_alone_and_whole_at_any_time(path, monkeypatch):
+    add(path, "laptop")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        add(path, "jetson")
+    assert path.read_bytes() == before and {p.name for p in path.parent.iterdir()} <= {
+        path.name,
+        f".{path.name}.lock",
+    }
+
+
+def test_a_book_knows_who_shows_a_token(path):
+    one, two = add(path, "laptop"), add(path, "jetson")
+    book = TokenBook(path)
+    assert book.identity(one) == ("laptop", tokens.digest(one))
+    assert book.identity(two) == ("jetson", tokens.digest(two))
+    for wrong in (
+        "",
+        "plora_",
+        one[:-1],
+        one + "A",
+        one.swapcase(),
+        "laptop",
+        tokens.digest(one).hex(),
+        "\udcff",
+    ):
+        assert book.identity(wrong) is None
+
+
+def test_every_digest_is_compared_in_constant_time(path, monkeypatch):
+    token = add(path, "a")
+    for name in "bcd":
+        add(path, name)
+    book, compared = TokenBook(path), []
+    real = tokens.hmac.compare_digest
+    monkeypatch.setattr(tokens.hmac, "compare_digest", lambda x, y: compared.append(x) or real(x, y))
+    assert book.identity(token) is not None and len(compared) == 4
+
+
+def test_changes_are_seen_without_a_restart(path):
+    old = add(path, "laptop")
+    book = TokenBook(path)
+    other = add(path, "jetson")
+    assert book.identity(other) is not None
+    revoke(path, "laptop")
+    assert book.identity(old) is None and not book.holds("laptop", tokens.digest(old))
+    new = add(path, "laptop")  # the name again, but another token
+    assert book.identity(new) is not None and book.identity(old) is None
+    assert book.holds("laptop", tokens.digest(new)) and not book.holds("laptop", tokens.digest(old))
+    assert not book.holds("nobody", b"")
+
+
+def test_a_damaged_file_shuts_nobody_out_and_a_missing_one_everybody(path, caplog):
+    token = add(path, "laptop")
+    book, whole = TokenBook(path), path.read_bytes()
+    path.write_bytes(whole[:-10])
+    for _ in range(3):
+        assert book.identity(token) is not None
+    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1, "said once"
+    path.write_bytes(whole)
+    assert book.identity(token) is not None
+    path.unlink()
+    assert book.identity(token) is None
+    path.write_bytes(whole)
+    assert book.identity(token) is not None
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_file_that_others_may_write_to_is_refused(path, mode):
+    add(path, "laptop")
+    path.chmod(mode)
+    with pytest.raises(TokenFileError, match="chmod 600"):
+        TokenBook(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"version": 2, "tokens": {}}',
+        '{"tokens": {}, "more": 1}',
+        '{"tokens": {"a": {"sha256": "00", "created": ""}}}',
+        '{"tokens": {"a b": {"sha256": "%s", "created": ""}}}' % ("0" * 64),
+        "\xff",
+    ],
+)
+def test_what_is_no_token_file_is_refused(path, text):
+    path.parent.mkdir()
+    path.write_text(text, encoding="latin-1")
+    for read in (TokenBook, entries, lambda p: add(p, "x"), lambda p: revoke(p, "x")):
+        with pytest.raises(TokenFileError, match="no token file"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "-rf", "ä", "a\n", "a" * 65, "../x", "a\tb"])
+def test_a_name_that_cannot_be_one(path, name):
+    with pytest.raises(TokenFileError, match="cannot be a name"):
+        add(path, name)
+
+
+def run(*words, **environment):
+    return CliRunner().invoke(cli.app, ["token", *words], env=environment)
+
+
+def test_the_command_shows_a_token_once(path):
+    made = run("add", "laptop", "--tokens", str(path))
+    token = made.stdout.strip()
+    assert made.exit_code == 0 and TokenBook(path).identity(token)[0] == "laptop"  # stdout is the token alone
+    listed = run("list", PRIVATELORA_CLOUD_TOKENS=str(path))
+    assert listed.exit_code == 0 and listed.stdout.startswith("laptop\t20")
+    assert token not in listed.output and tokens.digest(token).hex() not in listed.output
+    again = run("add", "laptop", "--tokens", str(path))
+    assert again.exit_code == 1 and "has a token" in again.stderr and token not in again.output
+    assert run("revoke", "laptop", "--tokens", str(path)).exit_code == 0
+    assert TokenBook(path).identity(token) is None
+    gone = run("revoke", "laptop", "--tokens", str(path))
+    assert gone.exit_code == 1 and gone.stderr.startswith("error: 'laptop' has no token in")
+
+
+def test_there_is_no_token_file_by_default(tmp_path):
+    assert run("list").exit_code == 2
+    missing = run("list", "--tokens", str(tmp_path / "none"))
+    assert missing.exit_code == 1 and "token add" in missing.stderr
