@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloud_server.cert_cli import app as cert_app
 from cloud_server.token_cli import app as token_app
 from shared.version import ShowVersion
 
@@ -145,6 +146,7 @@ def serve(
 
 
 app.add_typer(token_app, name="token")  # after serve, so that help lists it first
+app.add_typer(cert_app, name="cert")
 
 
 def _run(settings: "CloudConfig") -> None:
