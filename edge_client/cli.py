@@ -21,6 +21,8 @@ from edge_client.flags import (
     AdapterName,
     AsJson,
     CacheDir,
+    ClientCert,
+    ClientKey,
     Cloud,
     CodesWireDtype,
     ConfigFile,
@@ -37,6 +39,9 @@ from edge_client.flags import (
     Seed,
     System,
     Temperature,
+    Tls,
+    TlsCa,
+    TokenFile,
     TopP,
     WireDtype,
     one_line_errors,
@@ -70,6 +75,11 @@ def main_callback(version: ShowVersion = False) -> None:
 @app.command()
 def info(
     cloud: Cloud = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     as_json: AsJson = False,
     config: ConfigFile = None,
     debug: Debug = False,
@@ -90,6 +100,11 @@ def info(
 @app.command()
 def generate(
     cloud: Cloud = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", metavar="TEXT", help="What to ask; read from stdin if not given."),
@@ -143,6 +158,11 @@ def generate(
 @app.command()
 def chat(
     cloud: Cloud = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     adapter: AdapterName = None,
     plan: PlanName = None,
     max_new_tokens: MaxNewTokens = None,

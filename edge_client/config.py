@@ -17,6 +17,7 @@ from edge_client.trust import config_folder
 from edge_client.tuning.config import TuneConfig
 
 ENV_PREFIX = "PRIVATELORA_EDGE_"
+TOKEN_VARIABLE = ENV_PREFIX + "TOKEN"  # no setting: what dumps or shows settings must not meet it
 Dtype = Literal["float32", "bfloat16", "float16"]
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 CodesDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -34,6 +35,15 @@ class EdgeConfig(BaseSettings):
 
     cloud: str = Field(
         default="127.0.0.1:50051", pattern=r"^\S+:\d{1,5}$", description="Address of the cloud (HOST:PORT)"
+    )
+    tls: bool = Field(default=False, description="Use TLS; the cloud's certificate is from a public CA")
+    tls_ca: Path | None = Field(
+        default=None, description="Use TLS; the cloud's certificate is from a CA in this file (PEM)"
+    )
+    client_cert: Path | None = Field(default=None, description="This edge's certificate, for mTLS (PEM file)")
+    client_key: Path | None = Field(default=None, description="Private key of that certificate (PEM file)")
+    token_file: Path | None = Field(
+        default=None, description="File with this edge's token; else PRIVATELORA_EDGE_TOKEN. Needs TLS"
     )
     adapter: Path | None = Field(
         default=None, description="File of personal weights M; none is the base model"
@@ -137,7 +147,7 @@ def load_config(file: Path | None = None, **flags: object) -> EdgeConfig:
     class FromFile(EdgeConfig):
         model_config = SettingsConfigDict(toml_file=chosen if chosen.is_file() else None)
 
-    known = {ENV_PREFIX + name.upper() for name in EdgeConfig.model_fields}
+    known = {ENV_PREFIX + name.upper() for name in EdgeConfig.model_fields} | {TOKEN_VARIABLE}
     if strange := sorted(n for n in os.environ if n.startswith(ENV_PREFIX) and n not in known):
         raise SettingsError(f"unknown environment variable {strange[0]}; known: {', '.join(sorted(known))}")
     given = {name: value for name, value in flags.items() if value is not None}

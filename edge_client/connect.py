@@ -6,6 +6,7 @@ import torch
 
 from edge_client import parts, trust
 from edge_client.connection import Connection, Timeouts
+from edge_client.credentials import Credentials
 from edge_client.first_codes import FirstCodes
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import CloudOffer, OfferError, fingerprint_message
@@ -37,6 +38,7 @@ def open_model(
     cache_dir: Path | None = None,
     config_dir: Path | None = None,
     timeouts: Timeouts | None = None,
+    credentials: Credentials | None = None,
     progress: bool = False,
 ) -> PrivateLoraForCausalLM:
     """Connect and build; `PrivateLoraForCausalLM.from_cloud` says what the first parameters mean.
@@ -53,6 +55,8 @@ def open_model(
         Where parts and pins are kept; None is the user's own folders.
     timeouts
         Bounds on waiting.
+    credentials
+        TLS, client certificate and token; None is in clear.
     progress
         Whether to show progress on stderr.
 
@@ -68,7 +72,7 @@ def open_model(
     except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without the device
         reason = str(error).partition("\n")[0]
         raise ValueError(f"cannot compute on device {str(device)!r}: {reason}") from None
-    connection = Connection(target, timeouts)
+    connection = Connection(target, timeouts, credentials)
     try:
         offer = CloudOffer.check(target, connection.describe())
         chosen = offer.adapter_for(offer.plan(plan)[0] if plan is not None else None, adapter)

@@ -16,6 +16,7 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError
 
+from edge_client.credentials import Credentials, tls_problem
 from edge_client.personal import PersonalWeights
 from edge_client.plain import one_line
 from edge_client.session import Session
@@ -61,10 +62,15 @@ class Connection:
         ``host:port``.
     timeouts
         Bounds on waiting.
+    credentials
+        How to connect; None is in clear.
     """
 
-    def __init__(self, target: str, timeouts: Timeouts | None = None) -> None:
+    def __init__(
+        self, target: str, timeouts: Timeouts | None = None, credentials: Credentials | None = None
+    ) -> None:
         self.target, self.timeouts = target, timeouts or Timeouts()
+        self._credentials = credentials or Credentials()
         self._loop = _new_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="privatelora-connection", daemon=True
@@ -199,11 +205,18 @@ class Connection:
             self._thread.join(timeout=5)
 
     async def _open_channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+        return self._credentials.channel(self.target, CHANNEL_OPTIONS)
 
     async def _describe(self) -> bytes:
         request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION).SerializeToString()
         call = self._channel.unary_unary(SERVICE + "Describe", as_bytes, as_bytes)
+        if self._credentials.tls:
+            # Certificates do not become right by waiting; only without waiting does gRPC say what is wrong.
+            try:
+                return bytes(await call(request, timeout=self.timeouts.connect_s))
+            except grpc.aio.AioRpcError as error:
+                if problem := tls_problem(error.details() or "", self.target):
+                    raise CloudConnectionError(f"{self.target}: {problem}; nothing was sent") from None
         raw: bytes = await self._translated(
             call(request, timeout=self.timeouts.connect_s, wait_for_ready=True)
         )
@@ -215,9 +228,12 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             code = error.code()
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                encrypted = (
+                    "" if self._credentials.tls else " Or does it serve TLS? Then give --tls-ca or --tls"
+                )
                 raise CloudConnectionError(
                     f"no cloud answers at {self.target} (waited up to {self.timeouts.connect_s:.0f} s); is "
-                    "`privatelora-cloud serve` running there, and is the address right?"
+                    f"`privatelora-cloud serve` running there, and is the address right?{encrypted}"
                 ) from None
             details = one_line(error.details() or "")
             raise CloudConnectionError(f"{self.target}: {code.name}: {details}") from None

@@ -18,6 +18,31 @@ Cloud = Annotated[
         help="Where `privatelora-cloud serve` listens; 127.0.0.1:50051 by default.",
     ),
 ]
+Tls = Annotated[
+    bool | None,
+    typer.Option("--tls", help="Encrypt; the cloud's certificate is from a public CA. Not with --tls-ca."),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option("--tls-ca", metavar="FILE", help="Encrypt; the cloud's certificate is from this CA (PEM)."),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="This edge's token, where one is asked for; or set PRIVATELORA_EDGE_TOKEN. Only sent over TLS.",
+    ),
+]
+ClientCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--client-cert", metavar="FILE", help="This edge's certificate (PEM), where mTLS is asked for."
+    ),
+]
+ClientKey = Annotated[
+    Path | None, typer.Option("--client-key", metavar="FILE", help="Private key of that certificate (PEM).")
+]
 AdapterName = Annotated[
     Path | None,
     typer.Option(

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from edge_client.config import EdgeConfig
 from edge_client.connection import Connection, Timeouts
+from edge_client.credentials import Credentials
 from edge_client.offer import CloudOffer
 from edge_client.plain import printable
 from shared import PROTOCOL_VERSION, __version__
@@ -15,7 +16,8 @@ from shared.wire import WIRE_DTYPES, dtype_name
 
 def describe(settings: EdgeConfig) -> dict[str, Any]:
     """Return what the cloud states, checked for contradictions, as plain values."""
-    connection = Connection(settings.cloud, Timeouts(settings.connect_timeout_s, settings.step_timeout_s))
+    timeouts = Timeouts(settings.connect_timeout_s, settings.step_timeout_s)
+    connection = Connection(settings.cloud, timeouts, Credentials.of(settings))
     try:
         offer = CloudOffer.check(settings.cloud, connection.describe())
     finally:

@@ -7,6 +7,7 @@ import transformers
 
 from edge_client.config import EdgeConfig
 from edge_client.connection import Timeouts
+from edge_client.credentials import Credentials
 from edge_client.model import PrivateLoraForCausalLM
 
 
@@ -26,6 +27,7 @@ def opened(settings: EdgeConfig, adapter: Path | None) -> PrivateLoraForCausalLM
         accept_new_fingerprint=settings.accept_new_fingerprint,
         cache_dir=settings.cache_dir,
         timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
+        credentials=Credentials.of(settings),
         hidden_wire_dtype=settings.hidden_wire_dtype,
         codes_wire_dtype=settings.codes_wire_dtype,
         residual_codes_wire_dtype=settings.residual_codes_wire_dtype,

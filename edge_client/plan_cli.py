@@ -8,6 +8,8 @@ import typer
 from edge_client.flags import (
     AsJson,
     CacheDir,
+    ClientCert,
+    ClientKey,
     Cloud,
     CodesWireDtype,
     ConfigFile,
@@ -16,6 +18,9 @@ from edge_client.flags import (
     Dtype,
     HiddenWireDtype,
     ResidualCodesWireDtype,
+    Tls,
+    TlsCa,
+    TokenFile,
     WireDtype,
     one_line_errors,
 )
@@ -26,6 +31,11 @@ if TYPE_CHECKING:
 
 def plan(
     cloud: Cloud = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     link: Annotated[
         str | None,
         typer.Option("--link", metavar="NAME", help="Predict for loopback, wifi, 5g or wan, not this link."),
@@ -89,13 +99,14 @@ def plan(
 
         if tokens_per_step > positions:
             raise SettingsError(f"a step of {positions} positions cannot yield {tokens_per_step:g} tokens")
-        flags = {"cloud": cloud, "wire_dtype": wire_dtype, "dtype": dtype, "device": device}
+        flags: dict[str, Any] = {"cloud": cloud, "wire_dtype": wire_dtype, "dtype": dtype, "device": device}
         flags |= {
             "hidden_wire_dtype": hidden_wire_dtype,
             "codes_wire_dtype": codes_wire_dtype,
             "residual_codes_wire_dtype": residual_codes_wire_dtype,
         }
-        settings = load_config(config, **flags, cache_dir=cache_dir)
+        flags |= {"tls": tls, "tls_ca": tls_ca, "client_cert": client_cert, "client_key": client_key}
+        settings = load_config(config, **flags, token_file=token_file, cache_dir=cache_dir)
         chosen = _link(link)
         from edge_client.planning.report import document, show
         from edge_client.planning.speeds import Drafting, Power

@@ -11,6 +11,8 @@ from edge_client.flags import (
     AcceptNew,
     AsJson,
     CacheDir,
+    ClientCert,
+    ClientKey,
     Cloud,
     ConfigFile,
     Debug,
@@ -18,6 +20,9 @@ from edge_client.flags import (
     Dtype,
     FingerprintHex,
     PlanName,
+    Tls,
+    TlsCa,
+    TokenFile,
     WireDtype,
     one_line_errors,
 )
@@ -102,6 +107,11 @@ def tune(
         int | None, _setting("--checkpoint-every", "Steps between checkpoints; 10 by default.")
     ] = None,
     cloud: Cloud = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     plan: PlanName = None,
     wire_dtype: WireDtype = None,
     dtype: Dtype = None,
@@ -138,8 +148,11 @@ def tune(
 
 
 def _edge_flags(given: dict[str, Any]) -> dict[str, Any]:
-    names = ("cloud", "plan", "wire_dtype", "dtype", "device", "fingerprint", "accept_new_fingerprint")
-    return {name: given[name] for name in (*names, "cache_dir") if name in given}
+    names = (
+        "cloud", "tls", "tls_ca", "token_file", "client_cert", "client_key", "plan", "wire_dtype", "dtype",
+        "device", "fingerprint", "accept_new_fingerprint", "cache_dir",
+    )  # fmt: skip
+    return {name: given[name] for name in names if name in given}
 
 
 def _tune_flags(given: dict[str, Any]) -> dict[str, Any]:

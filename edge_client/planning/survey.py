@@ -8,6 +8,7 @@ import torch
 from edge_client import parts
 from edge_client.config import EdgeConfig
 from edge_client.connection import Connection, Timeouts
+from edge_client.credentials import Credentials
 from edge_client.offer import CloudOffer, OfferError
 from edge_client.planning.candidates import candidates
 from edge_client.planning.measure_cloud import measure_cloud
@@ -52,7 +53,8 @@ class Survey:
         except (RuntimeError, AssertionError) as error:  # the latter from a build without the device
             reason = str(error).partition("\n")[0]
             raise ValueError(f"cannot compute on device {device!r}: {reason}") from None
-        connection = Connection(settings.cloud, Timeouts(settings.connect_timeout_s, settings.step_timeout_s))
+        timeouts = Timeouts(settings.connect_timeout_s, settings.step_timeout_s)
+        connection = Connection(settings.cloud, timeouts, Credentials.of(settings))
         try:
             offer = CloudOffer.check(settings.cloud, connection.describe())
             folder = parts.fetch_config(connection, offer.parts, settings.cache_dir)
