@@ -13,6 +13,8 @@ from pydantic_settings import (
 
 from shared.plan import Initialiser, Layout
 
+ENV_PREFIX = "PRIVATELORA_CLOUD_"
+
 
 class EngineConfig(BaseModel):
     """Batching and slicing bounds of the engine."""
@@ -80,6 +82,36 @@ class TuningConfig(BaseModel):
     )
 
 
+class IdentityLimits(BaseModel):
+    """Bounds on what one identity (a token, a certificate) uses; None is none but the cloud's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_sessions: int | None = Field(
+        default=None, ge=1, description="Most sessions, dropped ones included (count)"
+    )
+    max_kv_bytes: int | None = Field(default=None, ge=1, description="Most of the KV cache (bytes)")
+    max_tokens_per_s: float | None = Field(
+        default=None, gt=0, description="Positions of steps and tuning batches (tokens per second)"
+    )
+    burst_s: float = Field(
+        default=10.0, ge=0, description="Unused token rate is saved up for this long (seconds)"
+    )
+    max_wait_s: float = Field(
+        default=5.0,
+        ge=0,
+        description="A step waits this long for the token rate before it is refused (seconds)",
+    )
+    max_tuning_streams: int | None = Field(
+        default=None, ge=0, description="Most tuning runs at a time (count); 0 lets nobody tune"
+    )
+
+    @property
+    def burst_tokens(self) -> float:
+        """Tokens that may be spent at once."""
+        return self.burst_s * (self.max_tokens_per_s or 0.0)
+
+
 class PlanConfig(BaseModel):
     """A plan that the cloud offers; A and B are made for it on first use."""
 
@@ -142,9 +174,7 @@ def plan_config(text: str) -> PlanConfig:
 class CloudConfig(BaseSettings):
     """Everything a cloud server can be told."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PRIVATELORA_CLOUD_", env_nested_delimiter="__", extra="forbid"
-    )
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid")
 
     model: str = Field(
         default="smollm2-135m-instruct",
@@ -187,6 +217,9 @@ class CloudConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Log detail")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="Batching and slicing")
     tuning: TuningConfig = Field(default_factory=TuningConfig, description="Bounds on tuning")
+    per_identity: IdentityLimits = Field(
+        default_factory=IdentityLimits, description="Bounds on what each identity uses"
+    )
 
     @classmethod
     def settings_customise_sources(

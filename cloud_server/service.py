@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
 import grpc
 
+from cloud_server.allowance import Allowances
+from cloud_server.caller import caller
 from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
 from cloud_server.handshake import Offer, agreed, agreed_dtypes, fingerprint_message
@@ -45,7 +47,8 @@ class Service:
     def __post_init__(self) -> None:
         """Let edges fetch parts, and tune on the same engine."""
         self.part_service = PartService(self.edge_parts, self.config.max_fetches, self.config.write_timeout_s)
-        self.tuning = TuneService(self.config, self.engine, self.offers, self.traffic)
+        self.allowances = Allowances(self.config.per_identity)
+        self.tuning = TuneService(self.config, self.engine, self.offers, self.traffic, self.allowances)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return handlers that exchange raw bytes."""
@@ -110,6 +113,7 @@ class Service:
                 await first(pb.DecodeRequest, context, self.traffic, self.config.write_timeout_s)
             )
             session.cut_off = cut_off
+            allowance = self.allowances.of(session.caller.name)
             await begin(context)
             writer = asyncio.create_task(self._write(session, context))
             writer.add_done_callback(lambda done: done.cancelled() or handler.cancel())
@@ -127,6 +131,7 @@ class Service:
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
                 elif message.HasField("step"):
+                    await allowance.pause()
                     session.step(message.step)
                 elif message.HasField("open"):
                     raise invalid(
@@ -167,31 +172,55 @@ class Service:
             raise invalid("the first message must be open: protocol version, fingerprint and wire dtype")
         request = message.open
         offer, dtypes = agreed(self.offers, request), agreed_dtypes(request)
+        who = caller()
         if request.session_id:
             session = self.sessions.get(request.session_id)
-            if session is None or session.dropped_at is None or session.plan != offer.plan:
+            if (
+                session is None
+                or session.dropped_at is None
+                or session.plan != offer.plan
+                or session.caller.name
+                != who.name  # said as if there were none: ids are nobody else's business
+            ):
                 raise Refusal(
                     grpc.StatusCode.NOT_FOUND,
                     "no such dropped session here (its grace period may be over); open a new one and replay",
                 )
-            session.dropped_at, session.wire_dtypes = None, dtypes
+            session.dropped_at, session.wire_dtypes, session.caller = None, dtypes, who
             session.heard_at = time.monotonic()  # it was silent while it was dropped
         else:
+            allowance = self.allowances.of(who.name)
+
+            def own_room() -> bool:
+                return self._evict(allowance.sessions)
+
+            allowance.admit_session(own_room)
             if len(self.sessions) >= self.config.max_sessions and not self._evict():
                 raise Refusal(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"all {self.config.max_sessions} sessions are taken; try again later",
                     retry_after_s=1.0,
                 )
-            session = Session(offer.plan, dtypes, self.limits, self.engine, self._evict)
+            session = Session(
+                offer.plan,
+                dtypes,
+                self.limits,
+                self.engine,
+                self._evict,
+                caller=who,
+                allowance=allowance,
+                make_own_room=own_room,
+            )
             self.sessions[session.id] = session
+            allowance.sessions.add(session)
         opened = pb.Opened(session_id=session.id, row_lengths=session.row_lengths())
         session.outbox.put(pb.DecodeResponse(opened=opened))
         return session
 
-    def _evict(self) -> bool:
-        """Free the session that was dropped longest ago; return whether there was one."""
-        dropped = [s for s in self.sessions.values() if s.dropped_at is not None]
+    def _evict(self, among: Iterable[Session] | None = None) -> bool:
+        """Free the session, of all or these, that was dropped longest ago; return whether there was one."""
+        sessions = self.sessions.values() if among is None else among
+        dropped = [s for s in sessions if s.dropped_at is not None]
         if not dropped:
             return False
         self._forget(min(dropped, key=lambda s: s.dropped_at or 0.0))
@@ -213,6 +242,8 @@ class Service:
 
     def _forget(self, session: Session) -> None:
         self.sessions.pop(session.id, None)
+        if session.allowance is not None:
+            session.allowance.sessions.discard(session)
         session.close()
 
     async def _write(self, session: Session, context: Context) -> None:

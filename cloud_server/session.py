@@ -8,10 +8,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 from torch import Tensor
 
+from cloud_server.caller import ANONYMOUS, Caller
 from cloud_server.engine import Engine
 from cloud_server.kv_cache import KvFullError, Row
 from cloud_server.outbox import Outbox
@@ -20,6 +22,9 @@ from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
+
+if TYPE_CHECKING:
+    from cloud_server.allowance import Allowance
 
 
 class Refusal(Exception):
@@ -62,6 +67,9 @@ class Session:
     dropped_at: float | None = None  # when the stream was lost, None while connected
     heard_at: float = field(default_factory=time.monotonic)  # when the edge last said something
     cut_off: Callable[[str], object] = lambda _: None  # ends the stream, for the reason given
+    caller: Caller = ANONYMOUS  # whose it is; nobody else may resume it
+    allowance: "Allowance | None" = None  # what that identity may use; None is anything
+    make_own_room: Callable[[], bool] = lambda: False  # frees something of this identity's only
 
     def __post_init__(self) -> None:
         """Look up once what every exchange asks for."""
@@ -93,6 +101,8 @@ class Session:
                     "codes of another"
                 )
         known = {answer.layer: self._residual(answer, tokens) for answer in message.residual_codes}
+        if self.allowance is not None:
+            self.allowance.spend(tokens)
         self._cancel(overwritten)
         if message.parents:
             self._rearrange(message.parents)
@@ -274,9 +284,15 @@ class Session:
                 self.engine.cache.crop(span.row, min(span.row.length, span.start))
 
     def _reserve(self, row: Row, start: int, end: int) -> None:
+        cache, allowance = self.engine.cache, self.allowance
+        while allowance is not None and allowance.lacks_kv(
+            cache.blocks_needed(row, start, end), cache.block_bytes
+        ):
+            if not self.make_own_room():
+                raise allowance.kv_refusal()
         while True:
             try:
-                return self.engine.cache.reserve(row, start, end)
+                return cache.reserve(row, start, end)
             except KvFullError as error:
                 if not self.make_room():
                     raise Refusal(

@@ -9,6 +9,8 @@ from typing import cast
 
 import grpc
 
+from cloud_server.allowance import Allowance, Allowances
+from cloud_server.caller import caller
 from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
 from cloud_server.handshake import Offer, agreed
@@ -37,12 +39,18 @@ class TuneService:
     """Everything behind ``Tune``."""
 
     def __init__(
-        self, config: CloudConfig, engine: Engine, offers: Mapping[bytes, Offer], traffic: Traffic
+        self,
+        config: CloudConfig,
+        engine: Engine,
+        offers: Mapping[bytes, Offer],
+        traffic: Traffic,
+        allowances: Allowances,
     ) -> None:
         self.config, self.engine, self.offers, self.traffic = config, engine, offers, traffic
+        self.allowances = allowances
         self.queue = TuneQueue(config.tuning, config.engine.slice_s, engine.wake)
         self.budget = Budget(config.tuning.max_bytes)
-        self.sessions: set[TuneSession] = set()
+        self.sessions: dict[TuneSession, Allowance] = {}  # and whose
         engine.background = self.queue
 
     async def tune(self, _: AsyncIterator[bytes], context: Context) -> None:
@@ -86,6 +94,7 @@ class TuneService:
                 self._leave(session)
 
     async def _listen(self, session: TuneSession, context: Context) -> None:
+        allowance = self.sessions[session]
         while True:
             await session.outbox.has_room()  # or an edge that does not read fills our memory
             message = await read(pb.TuneRequest, context, self.traffic)
@@ -95,7 +104,9 @@ class TuneService:
                 return
             kind = message.WhichOneof("message")
             if kind == "batch":
-                await session.begin(message.batch)
+                await allowance.pause()
+                session.touched_at = time.monotonic()
+                await session.begin(message.batch, allowance)
             elif kind in PARTS:
                 session.rows(kind, getattr(message, kind))
             elif kind == "open":
@@ -121,6 +132,8 @@ class TuneService:
                 f"all {config.max_streams} tuning streams are taken; try again later",
                 retry_after_s=1.0,
             )
+        allowance = self.allowances.of(caller().name)
+        allowance.admit_tuning()
         session = TuneSession(
             plan=plan,
             wire_dtype=wire_dtype,
@@ -131,7 +144,8 @@ class TuneService:
             config=config,
             patience_s=self.config.write_timeout_s,
         )
-        self.sessions.add(session)
+        self.sessions[session] = allowance
+        allowance.tuning_streams += 1
         opened = pb.TuneOpened(
             max_batch_tokens=session.limits.max_batch_tokens,
             max_sequence_tokens=session.limits.max_sequence_tokens,
@@ -174,7 +188,8 @@ class TuneService:
         return TuneLimits(max_batch_tokens=batch, max_sequence_tokens=min(context, batch))
 
     def _leave(self, session: TuneSession) -> None:
-        self.sessions.discard(session)
+        if (allowance := self.sessions.pop(session, None)) is not None:
+            allowance.tuning_streams -= 1
         session.close()
 
     async def _write(

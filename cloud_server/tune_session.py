@@ -13,6 +13,7 @@ import grpc
 import torch
 from torch import Tensor
 
+from cloud_server.allowance import Allowance
 from cloud_server.arena import Arena
 from cloud_server.backbone import Backbone
 from cloud_server.config import TuningConfig
@@ -83,8 +84,15 @@ class TuneSession:
             piece_tokens=self.config.piece_tokens,
         )
 
-    async def begin(self, message: pb.Batch) -> None:
+    async def begin(self, message: pb.Batch, allowance: Allowance | None = None) -> None:
         """Check a new batch, wait for room for it, and hand it to the queue.
+
+        Parameters
+        ----------
+        message
+            The batch.
+        allowance
+            What its tokens count against; None is nothing.
 
         Raises
         ------
@@ -100,6 +108,8 @@ class TuneSession:
                 f"{self.budget.total / 2**20:.0f} MiB that there are; send at most "
                 f"{self.limits.max_batch_tokens} tokens",
             )
+        if allowance is not None:
+            allowance.spend(tokens)
         self.waits_for_memory = True
         try:
             await self.budget.take(size, self.patience_s)

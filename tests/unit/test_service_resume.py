@@ -1,16 +1,18 @@
 """Picking a dropped session up again, as the service sees it."""
 
 import time
+from contextvars import copy_context
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from cloud_server.caller import Caller, set_caller
 from cloud_server.config import CloudConfig
 from cloud_server.handshake import Offer, fingerprint_message
 from cloud_server.service import Service
-from cloud_server.session import Refusal
+from cloud_server.session import Refusal, Session
 from shared import PROTOCOL_VERSION, wire
 from shared.fingerprint import Fingerprint, plan_digest
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -60,3 +62,22 @@ def test_a_session_that_is_picked_up_again_may_travel_otherwise() -> None:
     with pytest.raises(Refusal, match="codes dtype must be one of") as refusal:
         service._open(hello(session.id, codes_dtype=17))
     assert refusal.value.code is grpc.StatusCode.INVALID_ARGUMENT and session.dropped_at is not None
+
+
+def test_nobody_else_picks_up_a_session() -> None:
+    """And an id that exists is refused in the words for one that does not."""
+    service, said = new_service(), []
+
+    def as_caller(name: str, message: pb.DecodeRequest) -> Session:
+        context = copy_context()
+        context.run(set_caller, Caller(name))
+        return context.run(service._open, message)
+
+    session = as_caller("alice", hello())
+    session.drop()
+    for session_id in (session.id, bytes(16)):
+        with pytest.raises(Refusal) as refusal:
+            as_caller("bob", hello(session_id))
+        said.append((refusal.value.code, refusal.value.message))
+    assert said[0] == said[1] and said[0][0] is grpc.StatusCode.NOT_FOUND
+    assert as_caller("alice", hello(session.id)) is session
