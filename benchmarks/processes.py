@@ -65,16 +65,25 @@ def child_environment(overrides: dict[str, str] | None = None) -> dict[str, str]
     return environment
 
 
-def is_serving(address: str, timeout_s: float = 1.0, prefix: Sequence[str] = ()) -> bool:
+def is_serving(
+    address: str,
+    timeout_s: float = 1.0,
+    prefix: Sequence[str] = (),
+    credentials: grpc.ChannelCredentials | None = None,
+) -> bool:
     """Ask the health service at `address` (host:port) whether the whole server is ready.
 
-    With a `prefix` a child asks, from where that puts it (a namespace).
+    With a `prefix` a child asks, from where that puts it (a namespace). With `credentials` it is asked
+    over TLS.
     """
     if prefix:
         question = f"from benchmarks.processes import is_serving; exit(not is_serving({address!r}, 5.0))"
         command = [*prefix, sys.executable, "-c", question]
         return subprocess.run(command, cwd=ROOT, env=child_environment(), check=False).returncode == 0
-    with grpc.insecure_channel(address) as channel:
+    channel = (
+        grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
+    )
+    with channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True
@@ -112,6 +121,8 @@ class CloudProcess:
         File for the child's output, appended to; a temporary one by default.
     host : str
         Address to listen on.
+    credentials : grpc.ChannelCredentials, optional
+        With what to ask a cloud that serves TLS (by ``arguments``) whether it is ready.
     prefix : sequence of str
         Words before the command, such as those that run it in a network namespace (`benchmarks.link`);
         ``host`` is then an address there.
@@ -142,12 +153,16 @@ class CloudProcess:
         start_timeout_s: float = START_TIMEOUT_S,
         host: str = "127.0.0.1",
         prefix: Sequence[str] = (),
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
+        self._credentials = credentials
         self.port = port or free_port()
         self.address = f"{host}:{self.port}"
         self._prefix = tuple(prefix)
         self.command = [*prefix, sys.executable, "-m", "cloud_server.cli", "serve", "--model", str(model)]
         self.command += ["--listen", self.address, "--dtype", dtype, *arguments]
+        if host != "127.0.0.1":  # in a namespace, where nobody else is
+            self.command += ["--allow-plaintext", "--allow-anonymous"]
         self._environment = child_environment(env)
         self._start_timeout_s = start_timeout_s
         self._log_is_ours = log is None
@@ -184,7 +199,7 @@ class CloudProcess:
             )
         deadline = time.monotonic() + self._start_timeout_s
         try:
-            while not is_serving(self.address, prefix=self._prefix):
+            while not is_serving(self.address, prefix=self._prefix, credentials=self._credentials):
                 status = self._process.poll()
                 if status is not None:
                     raise self._error(f"the cloud ended with status {status} before it was ready")

@@ -81,6 +81,25 @@ def serve(
     grace_period_s: Annotated[
         float | None, typer.Option(help="How long a lost session may come back (seconds); 60 by default.")
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="Serve TLS with this certificate (PEM, chain included); replace it at any time."),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM).")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="Let in only clients with a certificate of these CAs (PEM): mTLS.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Let in only callers with a token of this file; see `token add`.")
+    ] = None,
+    allow_plaintext: Annotated[
+        bool | None,
+        typer.Option("--allow-plaintext", help="Listen beyond loopback without TLS; all can read along."),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool | None,
+        typer.Option("--allow-anonymous", help="Listen beyond loopback without tokens and client CA."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads; all cores by default.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Folder for models and A/B files.")] = None,
     config: Annotated[
@@ -115,6 +134,12 @@ def serve(
             max_context_tokens=max_context_tokens,
             max_step_tokens=max_step_tokens,
             grace_period_s=grace_period_s,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            client_ca=client_ca,
+            tokens=tokens,
+            allow_plaintext=allow_plaintext,
+            allow_anonymous=allow_anonymous,
             threads=threads,
             cache_dir=cache_dir,
             log_level=log_level,
@@ -128,7 +153,7 @@ def serve(
             raise
         for problem in error.errors(include_url=False, include_input=False):
             where = ".".join(str(part) for part in problem["loc"])
-            print(f"error: setting {where}: {problem['msg']}", file=sys.stderr)
+            print(f"error: {f'setting {where}: ' if where else ''}{problem['msg']}", file=sys.stderr)
         raise typer.Exit(2) from None
     except ModuleNotFoundError as error:
         if debug:

@@ -1,9 +1,10 @@
 """Typed settings of the cloud: flags over environment over a TOML file. Unknown keys are errors."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -212,6 +213,22 @@ class CloudConfig(BaseSettings):
     idle_timeout_s: float = Field(
         default=3600.0, gt=0, description="A session that sends nothing for this long is closed (seconds)"
     )
+    tls_cert: Path | None = Field(
+        default=None, description="Server certificate and its chain (PEM file); read again when it changes"
+    )
+    tls_key: Path | None = Field(default=None, description="Private key of the certificate (PEM file)")
+    client_ca: Path | None = Field(
+        default=None, description="CAs whose clients are let in (PEM file); without, none is asked for"
+    )
+    tokens: Path | None = Field(
+        default=None, description="Token file; without, no token is asked for. Read again when it changes"
+    )
+    allow_plaintext: bool = Field(
+        default=False, description="Listen beyond loopback without TLS: everybody on the way can read along"
+    )
+    allow_anonymous: bool = Field(
+        default=False, description="Listen beyond loopback without tokens or client certificates"
+    )
     threads: int | None = Field(default=None, ge=1, description="Torch threads (count); all cores if absent")
     cache_dir: Path | None = Field(default=None, description="Folder for models and A/B files")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Log detail")
@@ -220,6 +237,14 @@ class CloudConfig(BaseSettings):
     per_identity: IdentityLimits = Field(
         default_factory=IdentityLimits, description="Bounds on what each identity uses"
     )
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "CloudConfig":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ValueError("client_ca needs tls_cert and tls_key: client certificates are part of TLS")
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -241,11 +266,18 @@ def load_config(file: Path | None, **flags: object) -> CloudConfig:
     ------
     pydantic.ValidationError
         On unknown keys or values out of range.
+    ValueError
+        On unknown environment variables: one letter wrong must not switch TLS off unnoticed.
     FileNotFoundError
         If the file is missing.
     """
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"no configuration file at {file}")
+
+    known = {ENV_PREFIX + name.upper() for name in CloudConfig.model_fields}
+    names = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
+    if strange := [name for name in names if name.partition("__")[0] not in known]:
+        raise ValueError(f"unknown environment variable {strange[0]}; known: {', '.join(sorted(known))}")
 
     class FromFile(CloudConfig):
         model_config = SettingsConfigDict(**{**CloudConfig.model_config, "toml_file": file})

@@ -18,10 +18,14 @@ from grpc_reflection.v1alpha import reflection
 from cloud_server.backbone import Backbone
 from cloud_server.config import CloudConfig, PlanConfig
 from cloud_server.engine import Engine
+from cloud_server.exposure import check_exposure
+from cloud_server.guard import Guard
 from cloud_server.handshake import Offer
 from cloud_server.kv_cache import KvCache
 from cloud_server.service import SERVICE_NAME, Service
 from cloud_server.session import Limits
+from cloud_server.tls import TlsFiles
+from cloud_server.tokens import TokenBook
 from shared import edge_parts, fingerprint, lowrank, models
 from shared.checkpoint import Checkpoint
 from shared.lowrank import LowRank
@@ -133,6 +137,21 @@ def limits_of(
     )
 
 
+def security_of(config: CloudConfig) -> tuple[TlsFiles | None, Guard]:
+    """Return the TLS files, None for plaintext, and who lets callers in.
+
+    Raises
+    ------
+    TlsError, TokenFileError
+        If a file is missing or cannot be used.
+    """
+    tls = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        tls = TlsFiles(config.tls_cert, config.tls_key, config.client_ca)
+    tokens = None if config.tokens is None else TokenBook(config.tokens)
+    return tls, Guard(tokens, by_certificate=config.client_ca is not None)
+
+
 def check_place(config: CloudConfig) -> None:
     """Refuse at once what would else fail only when the model has been fetched and loaded.
 
@@ -181,9 +200,12 @@ async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -
     on_ready
         Called with the bound address and the service once requests are answered.
     """
+    check_exposure(config)
     check_place(config)
+    tls, guard = security_of(config)
     service = build_service(config)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    service.guard = guard
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(guard,))
     server.add_generic_rpc_handlers((service.handlers(),))
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -193,13 +215,17 @@ async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -
     )
     host = config.listen.rpartition(":")[0]
     try:
-        bound = server.add_insecure_port(config.listen)
+        if tls is None:
+            bound = server.add_insecure_port(config.listen)
+        else:
+            bound = server.add_secure_port(config.listen, tls.credentials())
     except RuntimeError:
         raise _cannot_listen(config) from None  # taken while the model was loaded
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    tasks = [asyncio.create_task(service.engine.serve()), asyncio.create_task(service.housekeeping())]
+    work = (service.engine.serve(), service.housekeeping(), guard.watch())
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
     for task in tasks:
         task.add_done_callback(lambda _: stop.set())  # an engine that fails must not look healthy
     await server.start()

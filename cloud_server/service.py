@@ -18,6 +18,7 @@ from cloud_server.allowance import Allowances
 from cloud_server.caller import caller
 from cloud_server.config import CloudConfig
 from cloud_server.engine import Engine
+from cloud_server.guard import Guard
 from cloud_server.handshake import Offer, agreed, agreed_dtypes, fingerprint_message
 from cloud_server.part_service import PartService
 from cloud_server.session import Limits, Refusal, Session, invalid
@@ -43,6 +44,7 @@ class Service:
     limits: Limits
     sessions: dict[bytes, Session] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
+    guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self) -> None:
         """Let edges fetch parts, and tune on the same engine."""
@@ -161,7 +163,10 @@ class Service:
             await asyncio.sleep(min(1.0, max(0.05, self.config.grace_period_s / 4)))
             now = time.monotonic()
             for session in list(self.sessions.values()):
-                if session.dropped_at is not None and now - session.dropped_at > self.config.grace_period_s:
+                if session.dropped_at is not None and (
+                    now - session.dropped_at > self.config.grace_period_s
+                    or not self.guard.may_still(session.caller)
+                ):
                     self._forget(session)
                 elif session.dropped_at is None and now - session.heard_at > self.config.idle_timeout_s:
                     session.cut_off(f"the edge said nothing for {self.config.idle_timeout_s:g} seconds")

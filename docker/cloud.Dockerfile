@@ -1,7 +1,8 @@
 # The cloud side: frozen decoder layers, A and B, KV cache. Build from the repository's root:
 #   docker build -f docker/cloud.Dockerfile -t privatelora-cloud .
-#   docker run --gpus all -p 127.0.0.1:50051:50051 -v privatelora-cache:/cache privatelora-cloud --device cuda --dtype bfloat16
-# The set-up is the Makefile's own. The link is not encrypted yet: publish the port on loopback only.
+#   docker run --gpus all -p 127.0.0.1:50051:50051 -v privatelora-cache:/cache privatelora-cloud --device cuda --dtype bfloat16 --allow-plaintext --allow-anonymous
+# The set-up is the Makefile's own. In a container the cloud listens beyond loopback, so it asks for TLS and tokens or
+# a client CA (docs/security.md); the two flags lift that, and are right only where the port is published on loopback.
 FROM python:3.11-slim
 
 # hadolint ignore=DL3008

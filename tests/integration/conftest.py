@@ -1,4 +1,4 @@
-"""Real cloud processes, each started once: the packaged model, a tiny one, and one with hardly any memory."""
+"""Real cloud processes, each started once: open and closed ones, and one with hardly any memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +8,14 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.processes import CloudProcess
+from cloud_server import tokens
 from shared import lowrank
 from shared.models import DEFAULT_MODEL, resolve
 from shared.plan import Plan
 from tests.families import COMMON, build, tokenizer
 from tests.integration.bystander import Bystander
 from tests.integration.raw_edge import RawEdge
+from tests.integration.secured import Secured, certificates, started
 from tests.integration.served import TINY_PLANS, WIDE, WIDE_BLOCK_BYTES, WIDE_BLOCKS, Served
 
 
@@ -77,6 +79,62 @@ def cramped(cramped_cloud: Served) -> Iterator[RawEdge]:
     with cramped_cloud.raw() as raw:
         yield raw
     assert "Traceback" not in cramped_cloud.process.logs()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with four tiny layers, for clouds that a test starts itself."""
+    folder = tmp_path_factory.mktemp("small")
+    _save(build("llama"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def guarded(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """Serve TLS to those who have a token: alice and bob."""
+    certs = certificates(tmp_path_factory.mktemp("certs"))
+    file = certs / "tokens.json"
+    known = {name: tokens.add(file, name) for name in ("alice", "bob")}
+    secured = started(small_model, certs, "--tokens", str(file))
+    secured.tokens, secured.known = file, known
+    with secured.process:
+        yield secured
+
+
+@pytest.fixture(scope="session")
+def mutual(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """Serve mTLS to the certificates of alice and bob."""
+    certs = certificates(tmp_path_factory.mktemp("mutual"), "alice", "bob")
+    secured = started(small_model, certs, "--client-ca", str(certs / "ca.pem"), client="alice")
+    with secured.process:
+        yield secured
+
+
+@pytest.fixture
+def shut(guarded: Secured) -> Iterator[Secured]:
+    """Return the cloud with tokens, while alice's stream stays as it is whatever a test tries."""
+    yield from undisturbed(guarded)
+
+
+@pytest.fixture
+def shut_mutual(mutual: Secured) -> Iterator[Secured]:
+    """Return the cloud with client certificates, likewise."""
+    yield from undisturbed(mutual)
+
+
+def undisturbed(secured: Secured) -> Iterator[Secured]:
+    with secured.raw("alice") as alice:
+        assert alice.settled()
+        with alice.open() as stream:
+            stream.run([(0, 0, 4, 1)])
+            held = alice.kv_used
+            yield secured
+            assert alice.settled(held), "KV bytes leaked"
+            stream.run([(0, 4, 2, 1)])
+            stream.finish()
+        assert alice.settled()
+    log = secured.process.logs()
+    assert "Traceback" not in log and "never retrieved" not in log, log[-3000:]
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

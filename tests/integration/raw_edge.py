@@ -45,10 +45,14 @@ def array(message: pb.Tensor) -> np.ndarray:
 class RawEdge:
     """A channel to one cloud."""
 
-    def __init__(self, address: str, **options: Any) -> None:
-        self.channel = grpc.insecure_channel(
-            address, options=[("grpc.use_local_subchannel_pool", 1)], **options
-        )
+    def __init__(
+        self, address: str, credentials: grpc.ChannelCredentials | None = None, **options: Any
+    ) -> None:
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        if credentials is None:
+            self.channel = grpc.insecure_channel(address, options=own, **options)
+        else:
+            self.channel = grpc.secure_channel(address, credentials, options=own, **options)
         self.offers = {Plan.parse(o.plan_json).name: o for o in self.describe().plans}
         self.limits = self.describe().limits
 

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import sys
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import tiny_checkpoint as tiny
@@ -19,7 +20,7 @@ from shared.plan import EDGE_SHARE, Plan
 NOWHERE = "no such model"  # looked for only after all else was found in order
 
 
-def start(**settings: str) -> None:
+def start(**settings: Any) -> None:
     asyncio.run(serve(CloudConfig(model=NOWHERE, **settings), lambda address, service: None))
 
 
@@ -39,7 +40,7 @@ def test_a_device_that_is_not_there_is_found_before_the_model_is_looked_for(devi
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:0", "[::1]:0", "0.0.0.0:0"])
 def test_a_free_address_is_not_in_the_way(listen):
     with pytest.raises(ValueError, match=NOWHERE):
-        start(listen=listen)
+        start(listen=listen, allow_plaintext=True, allow_anonymous=True)
 
 
 def test_an_environment_with_the_edge_only_is_told_what_it_lacks(monkeypatch):

@@ -1,0 +1,184 @@
+"""Who may call: one interceptor that every RPC passes, and the end of streams whose caller may no longer.
+
+Nothing is open but the health check's ``Check``: load balancers and container probes have no token, and it
+tells no more than whether the server is ready. Reflection, ``Describe`` and the health check's ``Watch``
+(a stream that could be held open for ever) ask for the same credentials as everything else.
+
+With a token file, a caller is who its token is for. Without one, but with certificates of clients asked
+for, it is who its certificate names; gRPC has then checked that certificate in the handshake. With
+neither, everybody is the same anonymous caller.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import grpc
+from cryptography import x509
+
+from cloud_server.caller import ANONYMOUS, Caller, set_caller
+from cloud_server.session import Refusal
+from cloud_server.streams import Context, abort
+from cloud_server.tokens import TokenBook
+
+log = logging.getLogger(__name__)
+
+OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check"})
+WATCH_S = 1.0  # how soon a revoked token's streams end
+FAREWELL_S = 5.0  # for an edge to read why its stream ended
+MAX_HEADER = 1024  # characters of an authorization header that are looked at; a token has fewer than 60
+
+
+@dataclass(eq=False)
+class _Call:
+    """An RPC under way."""
+
+    caller: Caller
+    task: "asyncio.Task[Any]"
+    ended: str | None = None  # why it was ended from here
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Lets callers in, and ends their streams when they may no longer.
+
+    Parameters
+    ----------
+    tokens
+        The tokens known; None asks for none.
+    by_certificate
+        Whether clients have shown a certificate in the handshake.
+    """
+
+    def __init__(self, tokens: TokenBook | None = None, *, by_certificate: bool = False) -> None:
+        self.tokens, self.by_certificate = tokens, by_certificate
+        self._calls: set[_Call] = set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the RPC's handler, which begins by asking who calls."""
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None or method in OPEN_METHODS:  # None: gRPC answers that there is no such method
+            return handler
+        kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
+        inner = getattr(handler, kind)
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(self._guarded(inner, method), handler.request_deserializer, handler.response_serializer)
+
+    def may_still(self, caller: Caller) -> bool:
+        """Whether a caller that was let in would be let in now."""
+        if caller.token_digest is not None:
+            return self.tokens is not None and self.tokens.holds(caller.name, caller.token_digest)
+        return caller.not_after is None or datetime.now(timezone.utc) <= caller.not_after
+
+    async def watch(self) -> None:
+        """End streams whose caller may no longer; run until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if self.tokens is not None:
+                self.tokens.refresh()
+            for call in [c for c in self._calls if c.ended is None and not self.may_still(c.caller)]:
+                what = "token was revoked" if call.caller.token_digest is not None else "certificate expired"
+                log.info("ending a stream of %s: its %s", call.caller.name, what)
+                call.ended = f"your {what}"
+                call.task.cancel()
+
+    def _guarded(self, inner: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Context], Any]:
+        """Return ``inner``, run only for those who may; gRPC wants one function for each way to answer."""
+        if inspect.isasyncgenfunction(inner):
+
+            async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
+                async with self._admitted(context, method):
+                    async for answer in inner(request, context):
+                        yield answer
+
+            return answers
+        if not inspect.iscoroutinefunction(inner):
+            raise TypeError(f"{method} is served by a thread of its own, which nothing could end")
+
+        async def answer(request: Any, context: Context) -> Any:
+            async with self._admitted(context, method):
+                return await inner(request, context)
+
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, context: Context, method: str) -> AsyncIterator[None]:
+        """Ask who calls, refuse those who may not, and say why if the call is ended from here."""
+        try:
+            who = self._identify(context)
+        except Refusal as refusal:
+            log.info("refused %s from %s: %s", method, context.peer(), refusal.message)
+            await abort(context, refusal)
+            raise  # which abort does
+        task = asyncio.current_task()
+        assert task is not None
+        set_caller(who)
+        call = _Call(who, task)
+        self._calls.add(call)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if call.ended is None:
+                raise
+            with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
+                await asyncio.wait_for(abort(context, _unauthenticated(call.ended)), FAREWELL_S)
+            raise
+        finally:
+            self._calls.discard(call)
+
+    def _identify(self, context: Context) -> Caller:
+        """Return who calls.
+
+        Raises
+        ------
+        Refusal
+            If it shows nothing that is asked for, or what it shows is not (any more) good. No token is
+            ever part of the message.
+        """
+        if self.tokens is not None:
+            found = self.tokens.identity(_bearer(context))
+            if found is None:
+                raise _unauthenticated("the token is wrong or was revoked; ask this cloud's operator for one")
+            return Caller(*found)
+        if self.by_certificate:
+            return _of_certificate(context)
+        return ANONYMOUS
+
+
+def _arity(streaming: bool) -> str:
+    return "stream" if streaming else "unary"
+
+
+def _bearer(context: Context) -> str:
+    shown = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+    if not shown:
+        raise _unauthenticated("this cloud asks for a token; `privatelora-edge --token-file FILE` shows one")
+    scheme, _, token = str(shown[0]).partition(" ")
+    if len(shown) > 1 or scheme.lower() != "bearer" or len(token) > MAX_HEADER:
+        raise _unauthenticated("the authorization must be one bearer token")
+    return token
+
+
+def _of_certificate(context: Context) -> Caller:
+    """Return whom the client's certificate names: all its alternative names, else its common name."""
+    names = sorted(name.decode("utf-8", "replace") for name in context.peer_identities() or ())
+    shown = context.auth_context().get("x509_pem_cert", ())
+    if not names or not all(name and name.isprintable() for name in names) or not shown:
+        raise _unauthenticated("the client certificate names nobody; give it a common or alternative name")
+    try:
+        expiry = x509.load_pem_x509_certificate(bytes(next(iter(shown)))).not_valid_after_utc
+    except ValueError:
+        raise _unauthenticated("the client certificate cannot be read") from None
+    return Caller(",".join(names), not_after=expiry)
+
+
+def _unauthenticated(why: str) -> Refusal:
+    return Refusal(grpc.StatusCode.UNAUTHENTICATED, why)
