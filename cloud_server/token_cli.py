@@ -1,5 +1,6 @@
 """``privatelora-cloud token``: who may use a cloud. Imports no torch."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,16 +24,38 @@ Name = Annotated[str, typer.Argument(help="Who the token is for; limits and logs
 
 
 @app.command()
-def add(name: Name, tokens: TokensFile) -> None:
-    """Make a token and print it, once: it is kept nowhere.
+def add(
+    name: Name,
+    tokens: TokensFile,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write it to this new file, for its owner only."),
+    ] = None,
+) -> None:
+    """Make a token and print it, once: it is kept nowhere else.
 
-    A running cloud knows it at once. Give it to the edge by a safe way, in a file only its user can read.
+    A running cloud knows it at once. Bring it to the edge by a safe way.
     """
     from cloud_server.tokens import add as add_token
+    from cloud_server.tokens import revoke as revoke_token
 
     with _one_line_errors():
-        print(add_token(tokens, name))
-        print(f"the token of {name}; it cannot be shown again", file=sys.stderr)
+        if out is None:
+            print(add_token(tokens, name))
+            print(f"the token of {name}; it cannot be shown again", file=sys.stderr)
+            return
+        # Never over another token, and open to its owner only from the first byte on.
+        with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            try:
+                token = add_token(tokens, name)
+            except BaseException:
+                out.unlink()
+                raise
+            try:
+                print(token, file=file, flush=True)
+            except OSError:  # a token that nobody has seen is of no use
+                revoke_token(tokens, name)
+                raise
 
 
 @app.command("list")

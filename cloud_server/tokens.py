@@ -140,7 +140,7 @@ class TokenBook:
             self._known, self._state = {}, None
             return
         except OSError:
-            return self._keep(None)
+            return self._keep(())
         if state == self._state:
             return
         try:
@@ -163,8 +163,8 @@ class TokenBook:
         """Whether that name still has that token."""
         return name in self._known and hmac.compare_digest(self._known[name], shown)
 
-    def _keep(self, state: tuple[int, ...] | None) -> None:
-        if state is None or state != self._state:  # say it once
+    def _keep(self, state: tuple[int, ...]) -> None:
+        if state != self._state:  # say it once
             log.error("cannot read %s: the tokens known before stay valid until it is mended", self.path)
         self._state = state
 

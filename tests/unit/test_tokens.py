@@ -147,6 +147,20 @@ def test_the_command_shows_a_token_once(path):
     assert gone.exit_code == 1 and gone.stderr.startswith("error: 'laptop' has no token in")
 
 
+def test_the_command_writes_a_token_for_its_owner_only(path, tmp_path):
+    out = tmp_path / "laptop.token"
+    made = run("add", "laptop", "--tokens", str(path), "--out", str(out))
+    token = out.read_text().strip()
+    assert made.exit_code == 0 and token not in made.output and stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert TokenBook(path).identity(token)[0] == "laptop"
+    over = run("add", "jetson", "--tokens", str(path), "--out", str(out))
+    assert over.exit_code == 1 and "File exists" in over.stderr and out.read_text().strip() == token
+    assert set(entries(path)) == {"laptop"}, "a token was made that nobody has seen"
+    other = tmp_path / "other.token"
+    assert run("add", "laptop", "--tokens", str(path), "--out", str(other)).exit_code == 1
+    assert not other.exists()
+
+
 def test_there_is_no_token_file_by_default(tmp_path):
     assert run("list").exit_code == 2
     missing = run("list", "--tokens", str(tmp_path / "none"))
