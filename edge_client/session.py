@@ -321,9 +321,9 @@ class Session:
 
     async def _close(self) -> None:
         self._fail(SessionError("the session was closed"))
+        await end(self._call)  # first: to cancel a read breaks the stream, and the cloud keeps its memory
         for task in self._tasks:
             task.cancel()
-        await end(self._call)
 
 
 def _resolve(future: "Future[Any]", result: Any) -> None:

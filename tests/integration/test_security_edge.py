@@ -33,6 +33,8 @@ def test_an_edge_generates_over_mtls(mutual: Secured) -> None:
         "--temperature", "0", "--cache-dir", str(certs / "edge-cache"), *flags,
     )  # fmt: skip
     assert said["tokens"]
+    with mutual.raw("alice") as alice:
+        assert alice.settled(), "the edge went without ending its session"
 
 
 @pytest.mark.parametrize("host", ["other.example", "127.0.0.2"])
