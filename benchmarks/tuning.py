@@ -138,8 +138,8 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--rank", type=int, default=64, help="rank of the plan")
     own.add_argument("--initialiser", choices=INITIALISERS, default="orthonormal")
     own.add_argument(
-        "--layout", choices=(*LAYOUTS, "one_trip"), default="per_projection",
-        help="one_trip: the plan of one round trip a token",
+        "--layout", choices=(*LAYOUTS, "one_trip", "one_trip_shared"), default="per_projection",
+        help="one_trip: the plan of one round trip a token; one_trip_shared: where layers share an M",
     )  # fmt: skip
     own = commands.add_parser("sweep", parents=[runs], help="ranks x initialisers x layouts")
     own.add_argument("--tasks", nargs=1, choices=TASKS, default=["reuters8"])

@@ -24,7 +24,7 @@ from shared import lowrank
 from shared.cache import cache_folder
 from shared.checkpoint import Checkpoint
 from shared.models import resolve
-from shared.plan import Plan
+from shared.plan import SHARING_LAYERS, Plan
 
 LORA_RANK, LORA_ALPHA = 16, 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,8 +63,10 @@ def plan_of(spec: Spec, checkpoint: Checkpoint) -> Plan:
         "num_layers": g.num_layers, "hidden_size": g.hidden_size, "rank": spec.rank,
         "initialiser": spec.initialiser,
     }  # fmt: skip
-    if spec.layout == "one_trip":
-        return Plan.one_trip(checkpoint.projections(), **facts | {"name": "one-trip"})
+    if spec.layout in ("one_trip", "one_trip_shared"):
+        sharing = SHARING_LAYERS if spec.layout == "one_trip_shared" else 1
+        facts |= {"name": spec.layout.replace("_", "-"), "share_residual_codes": sharing}
+        return Plan.one_trip(checkpoint.projections(), **facts)
     return Plan.subset(layout=spec.layout, **facts)
 
 

@@ -40,7 +40,7 @@ class Spec:
     rank: int = 0
     alpha: int = 0
     initialiser: Initialiser | Literal[""] = ""
-    layout: Layout | Literal["", "one_trip"] = ""  # the last is a whole plan, see `Plan.one_trip`
+    layout: Layout | Literal["", "one_trip", "one_trip_shared"] = ""  # these are whole plans
     # Fields from here on came later: lines without them mean the default.
     precision: Precision = "float32"  # of the frozen layers, and on the wire; what is trained is float32
     transport: Transport = "reference"  # wire: through a cloud process

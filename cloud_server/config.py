@@ -12,7 +12,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from shared.plan import Initialiser, Layout
+from shared.plan import SHARING_LAYERS, Initialiser, Layout
 
 ENV_PREFIX = "PRIVATELORA_CLOUD_"
 
@@ -154,6 +154,9 @@ class PlanConfig(BaseModel):
 NAMED_PLANS = {
     "per-layer": PlanConfig(),
     "one-trip": PlanConfig(name="one-trip-r64", one_trip=True),
+    "one-trip-shared": PlanConfig(
+        name="one-trip-shared-r64", one_trip=True, share_residual_codes=SHARING_LAYERS
+    ),
 }
 
 

@@ -17,6 +17,7 @@ Schedule = Literal["per_layer", "subset", "grouped", "resident"]
 Initialiser = Literal["gaussian", "orthonormal", "svd"]
 
 TARGET_ORDER: tuple[Target, ...] = ("q", "k", "v")
+SHARING_LAYERS = 4  # in a row with one M, in the named plan of one trip that shares
 EDGE_SHARE = 0.15  # of the layers, at most, that a plan of one round trip asks of the edge
 MAX_PLAN_BYTES = 64 * 1024  # a plan is a few hundred bytes; more is not a plan
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from edge_client.planning.model_shape import ModelShape
-from shared.plan import Plan
+from shared.plan import SHARING_LAYERS, Plan
 
 GROUP_LAYERS = 8  # that one exchange serves in the grouped plan
 SUBSET_EVERY = 4  # layers, of which one is adapted in the subset plan
@@ -14,7 +14,8 @@ def candidates(offered: Iterable[Plan], shape: ModelShape, rank: int = 64) -> li
     """Return the named schedules for the offered plans' model that are not among these plans.
 
     ``per-layer``, ``subset`` (every fourth layer), ``grouped`` (an exchange every eight layers, for all up to
-    the next) and ``one-trip`` (`Plan.one_trip`), all with one A·M·B per projection of ``rank``.
+    the next), ``one-trip`` (`Plan.one_trip`) and ``one-trip-shared`` (`SHARING_LAYERS` to an M), all with one
+    A·M·B per projection of ``rank``.
     """
     plans = list(offered)
     layers = shape.num_layers
@@ -29,6 +30,8 @@ def candidates(offered: Iterable[Plan], shape: ModelShape, rank: int = 64) -> li
     ]
     if layers > 2:
         named.append(Plan.one_trip(shape.products, name="one-trip", **facts))
+        facts["share_residual_codes"] = SHARING_LAYERS
+        named.append(Plan.one_trip(shape.products, name="one-trip-shared", **facts))
     seen, found = {_costs(plan) for plan in plans}, []
     for plan in named:
         if _costs(plan) not in seen:

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from edge_client.planning.speeds import FROZEN
-from shared.plan import Plan
+from shared.plan import SHARING_LAYERS, Plan
 
 
 class Scored(BaseModel):
@@ -31,8 +31,8 @@ class Quality(BaseModel):
     model_config = FROZEN
 
     backbone: str
-    layout: Literal["per_projection", "fused", "one_trip"] = Field(
-        description="one_trip: the plan of `Plan.one_trip`; else every layer exchanging, in this layout"
+    layout: Literal["per_projection", "fused", "one_trip", "one_trip_shared"] = Field(
+        description="one_trip: the plan of `Plan.one_trip`, shared: with layers that share an M; else every layer exchanging, in this layout"
     )
     rank: int = Field(description="Of codes and residual codes (elements)")
     initialiser: str
@@ -68,18 +68,21 @@ def known(plan: Plan) -> tuple[Quality, ...]:
         layout: str = plan.layout
     elif is_one_trip(plan):
         layout = "one_trip"
+    elif is_one_trip(plan, SHARING_LAYERS):
+        layout = "one_trip_shared"
     else:
         return ()
     key = (plan.backbone, layout, plan.r_c2d, plan.initialiser)
     return tuple(q for q in table() if (q.backbone, q.layout, q.rank, q.initialiser) == key)
 
 
-def is_one_trip(plan: Plan) -> bool:
-    """Whether this is what `Plan.one_trip` makes, with its own LoRA."""
+def is_one_trip(plan: Plan, sharing: int = 1) -> bool:
+    """Whether this is what `Plan.one_trip` makes, with its own LoRA and so many layers to an M."""
     if not plan.lora or plan.num_layers < 2:
         return False
     made = Plan.one_trip(
         plan.lora, name=plan.name, backbone=plan.backbone, num_layers=plan.num_layers,
         hidden_size=plan.hidden_size, rank=plan.r_c2d, initialiser=plan.initialiser,
+        share_residual_codes=sharing,
     )  # fmt: skip
     return made == plan

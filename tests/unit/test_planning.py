@@ -61,6 +61,7 @@ EVERY = tuple(range(16))
 PER_LAYER = Plan.subset(name="per-layer", **FACTS)
 GROUPED = Plan.subset(EVERY, exchange_layers=EVERY[::4], name="grouped", **FACTS)
 ONE_TRIP = Plan.one_trip(PRODUCTS, name="one-trip", **FACTS)
+SHARED = Plan.one_trip(PRODUCTS, name="one-trip-shared", share_residual_codes=SHARING_LAYERS, **FACTS)
 PLANS = (PER_LAYER, GROUPED, ONE_TRIP, Plan.subset((3, 9), name="subset", **FACTS))
 
 
@@ -266,9 +267,11 @@ def test_named_schedules_are_those_that_are_not_offered():
         "subset",
         "grouped",
         "resident",
+        "resident",
     ]
     offered = Plan.subset(name="mine", **{**FACTS, "rank": 64})
-    assert [plan.name for plan in candidates([offered], SHAPE)] == ["subset", "grouped", "one-trip"]
+    names = [plan.name for plan in candidates([offered], SHAPE)]
+    assert names == ["subset", "grouped", "one-trip", "one-trip-shared"]
 
 
 # --- quality --------------------------------------------------------------------------------------------
@@ -312,6 +315,7 @@ def test_quality_is_known_of_the_very_plan_only():
 
 def test_the_plan_of_one_round_trip_is_recognised():
     assert quality.is_one_trip(ONE_TRIP)
+    assert quality.is_one_trip(SHARED, SHARING_LAYERS) and not quality.is_one_trip(SHARED)
     higher = Plan.one_trip(PRODUCTS, lora_rank=32, name="x", **FACTS)
     without = Plan.subset((), name="x", head_layers=1, tail_layers=1, **FACTS)
     assert not any(quality.is_one_trip(plan) for plan in (GROUPED, higher, without))
