@@ -21,7 +21,7 @@ from edge_client.streams import SessionError
 from edge_client.tuning.batch import Matrices
 from edge_client.tuning.ends import Ends
 from edge_client.tuning.examples import Example
-from edge_client.tuning.loss import Head, loss_and_gradient, pack
+from edge_client.tuning.loss import Head, Packed, loss_and_gradient, pack, sequence_losses
 from edge_client.tuning.stream import TuneLimits
 from edge_client.tuning.weights import SomeWeights, Weights, factors_of, joined, matrices_of
 
@@ -166,20 +166,32 @@ class Learner:
         """Return the mean loss (nats) over all targets of ``examples``; nothing is run back."""
         total = sum(example.targets for example in examples)
         loss = 0.0
+        for packed, last in self._forward_only(examples, weights):
+            loss += loss_and_gradient(self.head, last, packed, total, want_gradient=False)[0]
+        return loss
+
+    def losses(self, examples: Sequence[Example], weights: SomeWeights) -> list[float]:
+        """Return each example's loss, summed over its targets (nats), in order; nothing is run back."""
+        found: list[float] = []
+        for packed, last in self._forward_only(examples, weights):
+            found += sequence_losses(self.head, last, packed)
+        return found
+
+    def _forward_only(
+        self, examples: Sequence[Example], weights: SomeWeights
+    ) -> Iterator[tuple[Packed, Tensor]]:
+        """Yield micro-batches and their hL ``(tokens, hidden_size)``."""
         matrices, factors = matrices_of(weights), factors_of(weights)
         for piece in self._micro_batches(examples):
             packed = pack(piece)
             hidden = self.embed(packed.ids)
 
-            def there(stream: TuningStream) -> float:
+            def there(stream: TuningStream) -> Tensor:
                 ends = Ends(self.resident, factors, packed.lengths, want_gradient=False)  # noqa: B023, used at once
                 entered = ends.enter(hidden)  # noqa: B023
-                last = stream.forward(entered, packed.lengths, matrices, forward_only=True)  # noqa: B023
-                left = ends.leave(last)
-                return loss_and_gradient(self.head, left, packed, total, want_gradient=False)[0]  # noqa: B023
+                return ends.leave(stream.forward(entered, packed.lengths, matrices, forward_only=True))  # noqa: B023
 
-            loss += self._with_stream(there)
-        return loss
+            yield packed, self._with_stream(there)
 
     def close(self) -> None:
         """End the stream, if there is one."""

@@ -109,3 +109,29 @@ def loss_and_gradient(
             (found,) = torch.autograd.grad(loss, h)
             gradient[at] = found.to(gradient)
     return total, gradient
+
+
+def sequence_losses(head: Head, hidden: Tensor, packed: Packed) -> list[float]:
+    """Return the cross-entropy of each sequence, summed over its targets (nats), in their order.
+
+    Parameters
+    ----------
+    head
+        On any device; hidden states go there chunk by chunk.
+    hidden
+        hL ``(tokens, hidden_size)``.
+    packed
+        The batch.
+    """
+    weight: Any = head.lm_head.weight  # (vocabulary, hidden_size)
+    ends = torch.tensor(packed.lengths).cumsum(0)  # (sequences,)
+    summed = torch.zeros(len(packed.lengths), dtype=torch.float64)
+    chunk = max(1, CHUNK_LOGITS // weight.shape[0])
+    for start in range(0, len(packed.positions), chunk):
+        at = packed.positions[start : start + chunk]
+        wanted = packed.targets[start : start + chunk].to(weight.device)
+        with torch.no_grad():
+            lost = nn.functional.cross_entropy(head.logits(hidden[at].to(weight)), wanted, reduction="none")
+        summed.index_add_(0, torch.bucketize(at, ends, right=True), lost.double().cpu())
+    found: list[float] = summed.tolist()
+    return found

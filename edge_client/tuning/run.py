@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from edge_client.adapters import data_folder
 from edge_client.model import PrivateLoraForCausalLM
-from edge_client.offer import fingerprint_message
+from edge_client.offer import CloudOffer, fingerprint_message
 from edge_client.tuning.checkpoint import (
     CheckpointError,
     Identity,
@@ -151,21 +151,15 @@ def start(
     SessionError
         If the cloud does not tune.
     """
-    offer, connection, tokenizer = model.offer, model.connection, model.tokenizer
-    if offer is None or connection is None or tokenizer is None:
+    offer, tokenizer = model.offer, model.tokenizer
+    if offer is None or tokenizer is None:
         raise ValueError("only a model made by from_cloud can be tuned")
     plan = model.adapter.plan
     if not plan.adapted_layers and not plan.lora:
         raise DataError(f"plan {plan.name!r} has no personal weights: there is nothing to tune in it")
     fingerprint = offer.plans[plan.name][1]
     on_wire = wire_for(wire_dtype, offer.compute_dtype)
-
-    def open_stream() -> TuningStream:
-        return connection.open_tuning(plan, fingerprint_message(fingerprint), on_wire)
-
-    head = Head(model.norm, model.lm_head, model.softcap)
-    embed = embedding(model.embed_tokens, model.device)
-    learner = Learner(head, embed, open_stream, waiting, resident=model.resident)
+    learner = learner_for(model, on_wire, waiting)
     limits = learner.limits()
     config = job.config.settled(plan, limits.max_batch_tokens, limits.max_sequence_tokens)
     assert config.max_tokens is not None
@@ -196,13 +190,46 @@ def start(
         saved[0].check(identity)
         state = saved[1]
     else:
-        precision = torch.float64 if offer.compute_dtype == torch.float64 else torch.float32
-        state = State.begin(start_weights(plan, config.seed, precision))
+        state = State.begin(start_weights(plan, config.seed, precision_for(offer)))
 
     def save(state: State) -> None:
         save_checkpoint(job.checkpoint, identity, state)
 
     return Trainer(config, learner, train, validation, state, save, watcher)
+
+
+def learner_for(
+    model: PrivateLoraForCausalLM,
+    on_wire: "pb.Dtype.ValueType",
+    waiting: Waiting = lambda error, seconds: None,
+) -> Learner:
+    """Return what asks the model's cloud for losses and gradients, under the plan of the model's adapter.
+
+    Parameters
+    ----------
+    model
+        From `from_cloud`.
+    on_wire
+        Element type on the wire, see `wire_for`.
+    waiting
+        Hears of waits for a cloud that is lost.
+    """
+    offer, connection, plan = model.offer, model.connection, model.adapter.plan
+    if offer is None or connection is None:
+        raise ValueError("only a model made by from_cloud can be tuned")
+    fingerprint = offer.plans[plan.name][1]
+
+    def open_stream() -> TuningStream:
+        return connection.open_tuning(plan, fingerprint_message(fingerprint), on_wire)
+
+    head = Head(model.norm, model.lm_head, model.softcap)
+    embed = embedding(model.embed_tokens, model.device)
+    return Learner(head, embed, open_stream, waiting, resident=model.resident)
+
+
+def precision_for(offer: CloudOffer) -> torch.dtype:
+    """Return what personal weights are tuned in."""
+    return torch.float64 if offer.compute_dtype == torch.float64 else torch.float32
 
 
 def finish(model: PrivateLoraForCausalLM, job: Job, trainer: Trainer) -> Outcome:

@@ -5,7 +5,7 @@ import torch
 
 from edge_client.tuning import loss as loss_module
 from edge_client.tuning.examples import IGNORED, Example
-from edge_client.tuning.loss import loss_and_gradient, pack
+from edge_client.tuning.loss import loss_and_gradient, pack, sequence_losses
 from tests.families import FAMILIES, build
 from tests.unit.tuning_fake import Cloud, Head, examples
 
@@ -80,3 +80,23 @@ def test_half_precision_hidden_states_give_a_loss_in_single():
     assert head.logits(hidden).dtype == torch.float32
     share, gradient = loss_and_gradient(head, hidden, pack(batch), 7)
     assert gradient.dtype == torch.bfloat16 and gradient.any() and 0 < share < 100
+
+
+def test_each_sequence_has_its_own_loss(monkeypatch):
+    cloud = Cloud("llama")
+    batch = [
+        *examples(5),
+        Example(torch.tensor([5, 6, 7]), torch.tensor([IGNORED] * 3), 6),
+    ]  # the last: nothing
+    packed = pack(batch)
+    hidden = torch.randn(len(packed.ids), cloud.plan.hidden_size, dtype=torch.float64)
+    wanted = []
+    for lengths, example in zip(hidden.split(list(packed.lengths)), batch, strict=True):
+        logits = cloud.head.logits(lengths)
+        wanted.append(float(torch.nn.functional.cross_entropy(logits, example.labels[1:], reduction="sum")))
+    assert sequence_losses(cloud.head, hidden, packed) == pytest.approx(wanted, rel=1e-12)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 1)  # one position at a time
+    assert sequence_losses(cloud.head, hidden, packed) == pytest.approx(wanted, rel=1e-12)
+    total = sum(example.targets for example in batch)
+    mean, _ = loss_and_gradient(cloud.head, hidden, packed, total, want_gradient=False)
+    assert sum(wanted) / total == pytest.approx(mean, rel=1e-12)
