@@ -48,6 +48,7 @@ from edge_client.flags import (
 )
 from edge_client.plain import printable
 from edge_client.plan_cli import plan
+from edge_client.rank_cli import rank
 from edge_client.tune_cli import tune
 from shared.version import ShowVersion
 
@@ -211,6 +212,7 @@ def chat(
 # After the commands above, so that help lists them first. Imports torch only when a command needs it.
 app.command()(tune)
 app.command()(plan)
+app.command()(rank)
 app.add_typer(adapter_app, name="adapter")
 
 

@@ -67,6 +67,14 @@ class Progress(Watcher):
         assert self._task is not None
         self._bars.advance(self._task)
 
+    def measuring(self, what: str, total: int) -> None:
+        """Go on with something else, of which `advance` counts ``total``."""
+        self._begin(what, total)
+
+    def note(self, text: str) -> None:
+        """Say what begins."""
+        self._console.print(text, soft_wrap=True)
+
     def training(self, trainer: Trainer) -> None:
         """Go on with the steps."""
         state, self._total = trainer.state, trainer.total_steps
