@@ -11,12 +11,17 @@ from edge_client.flags import (
     AcceptNew,
     AsJson,
     CacheDir,
+    ClientCert,
+    ClientKey,
     Cloud,
     ConfigFile,
     Debug,
     Device,
     Dtype,
     FingerprintHex,
+    Tls,
+    TlsCa,
+    TokenFile,
     WireDtype,
     one_line_errors,
 )
@@ -28,6 +33,10 @@ HELD_OUT_ROWS = 64
 SETTINGS = (
     "steps", "batch_size", "lr", "validation", "loss_on", "max_tokens", "truncate", "micro_batch_tokens",
     "seed",
+)  # fmt: skip
+FLAGS = (
+    "cloud", "tls", "tls_ca", "token_file", "client_cert", "client_key", "plan", "wire_dtype", "dtype",
+    "device", "fingerprint", "accept_new_fingerprint", "cache_dir",
 )  # fmt: skip
 
 
@@ -85,6 +94,11 @@ def rank(
     ] = None,
     seed: Annotated[int | None, _setting("--seed", "Of the order and the split; 0 by default.")] = None,
     cloud: Cloud = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     wire_dtype: WireDtype = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -104,8 +118,7 @@ def rank(
     with one_line_errors(debug):
         from edge_client.config import SettingsError, load_config
 
-        names = ("cloud", "plan", "wire_dtype", "dtype", "device", "fingerprint", "accept_new_fingerprint")
-        flags = {name: given[name] for name in (*names, "cache_dir") if name in given}
+        flags = {name: given[name] for name in FLAGS if name in given}
         tuning = {"steps": STEPS, **{name: given[name] for name in SETTINGS if name in given}}
         settings = load_config(config, **flags, tune=tuning)
         if data is None:

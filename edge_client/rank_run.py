@@ -11,6 +11,7 @@ import torch
 
 from edge_client.config import EdgeConfig
 from edge_client.connection import Connection, Timeouts
+from edge_client.credentials import Credentials
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import CloudOffer, OfferError
 from edge_client.opened import opened
@@ -111,7 +112,7 @@ class RankRun:
     def _plans(self, file: Path | None) -> tuple[list[Plan], Plan]:
         """Return the plans on offer, and the one whose layers are ranked."""
         waits = Timeouts(self.settings.connect_timeout_s, self.settings.step_timeout_s)
-        connection = Connection(self.settings.cloud, waits)
+        connection = Connection(self.settings.cloud, waits, Credentials.of(self.settings))
         try:
             offer = CloudOffer.check(self.settings.cloud, connection.describe())
         finally:
@@ -139,7 +140,7 @@ class RankRun:
                     given = joined(model.adapter.matrices, model.adapter.factors)
                     weights = {key: tensor.to(dtype) for key, tensor in given.items()}
                 assert self._shared is not None
-                count = len(plan.adapted_layers)
+                count = len(plan.owners)
                 self._progress.note(f"ranking {count} layers of plan {plan.name}")
                 self._progress.measuring("ranking layers", 1 + count)
                 held, advance = self._shared.held, self._progress.advance

@@ -143,7 +143,7 @@ def rank_layers(
     weights
         M by adapted layer and factors by name; left as they are.
     advance
-        Called after each pass, ``1 + len(plan.adapted_layers)`` times.
+        Called after each pass, ``1 + len(plan.owners)`` times.
 
     Raises
     ------
@@ -154,7 +154,7 @@ def rank_layers(
     advance()
     slopes = gradient_norms(learner, plan, examples, weights)
     found = []
-    for layer in plan.adapted_layers:
+    for layer in plan.owners:
         without = RowLosses.measure(learner, examples, without_layer(weights, layer))
         found.append(LayerWorth(layer, without.above(whole), slopes[layer], without))
         advance()
