@@ -63,7 +63,7 @@ def plan_of(spec: Spec, checkpoint: Checkpoint) -> Plan:
         "num_layers": g.num_layers, "hidden_size": g.hidden_size, "rank": spec.rank,
         "initialiser": spec.initialiser,
     }  # fmt: skip
-    if spec.layout in ("one_trip", "one_trip_shared"):
+    if spec.layout == "one_trip" or spec.layout == "one_trip_shared":
         sharing = SHARING_LAYERS if spec.layout == "one_trip_shared" else 1
         facts |= {"name": spec.layout.replace("_", "-"), "share_residual_codes": sharing}
         return Plan.one_trip(checkpoint.projections(), **facts)

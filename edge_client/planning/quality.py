@@ -32,7 +32,8 @@ class Quality(BaseModel):
 
     backbone: str
     layout: Literal["per_projection", "fused", "one_trip", "one_trip_shared"] = Field(
-        description="one_trip: the plan of `Plan.one_trip`, shared: with layers that share an M; else every layer exchanging, in this layout"
+        description="one_trip: the plan of `Plan.one_trip`, shared: with layers that share an M; else every "
+        "layer exchanging, in this layout"
     )
     rank: int = Field(description="Of codes and residual codes (elements)")
     initialiser: str

@@ -28,7 +28,7 @@ from edge_client.planning.predict import (
 from edge_client.planning.recommend import recommend
 from edge_client.planning.speeds import CloudSpeed, Drafting, EdgeSpeed, Line
 from edge_client.wire_cost import wire_cost
-from shared.plan import Plan, Projection
+from shared.plan import SHARING_LAYERS, Plan, Projection
 from shared.wire_dtypes import WireDtypes
 from tests import families
 
