@@ -23,7 +23,8 @@ def entries(record: Record) -> list[dict[str, Any]]:
     groups: dict[tuple[object, ...], list[Run]] = defaultdict(list)
     for run in record:
         spec = run.spec
-        if (spec.method, spec.stage, spec.transport) == ("privatelora", "compare", "reference"):
+        # No plan on offer is lagged.
+        if (spec.method, spec.stage, spec.transport, spec.lag) == ("privatelora", "compare", "reference", 0):
             groups[setting(run.spec)].append(run)
     found = []
     for group in groups.values():

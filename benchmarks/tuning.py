@@ -76,7 +76,10 @@ def _chosen(bench: Bench, task: str, method: str) -> Spec:
     o = bench.options
     spec = bench.spec(stage="compare", task=task, method=method)
     if method == "privatelora":
-        spec = dataclasses.replace(spec, rank=o.rank, initialiser=o.initialiser, layout=o.layout)
+        spec = dataclasses.replace(
+            spec, rank=o.rank, initialiser=o.initialiser, layout=o.layout,
+            lag=o.lag if o.layout == "lagged" else 0,
+        )  # fmt: skip
         rates = [bench.rate(spec, relative) for relative in PRIVATE_RATES]
     else:
         rates = list(LORA_RATES)
@@ -138,9 +141,11 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--rank", type=int, default=64, help="rank of the plan")
     own.add_argument("--initialiser", choices=INITIALISERS, default="orthonormal")
     own.add_argument(
-        "--layout", choices=(*LAYOUTS, "one_trip", "one_trip_shared"), default="per_projection",
-        help="one_trip: the plan of one round trip a token; one_trip_shared: where layers share an M",
+        "--layout", choices=(*LAYOUTS, "one_trip", "one_trip_shared", "lagged"), default="per_projection",
+        help="one_trip: the plan of one round trip a token; one_trip_shared: where layers share an M; "
+        "lagged: an experiment, see shared/lagged.py",
     )  # fmt: skip
+    own.add_argument("--lag", type=int, default=1, help="of layout lagged: residuals so many positions late")
     own = commands.add_parser("sweep", parents=[runs], help="ranks x initialisers x layouts")
     own.add_argument("--tasks", nargs=1, choices=TASKS, default=["reuters8"])
     own.add_argument("--steps", type=int, default=24, help="optimiser steps in the first round")
@@ -163,6 +168,8 @@ def main() -> int:
         out = options.out or Path(f"docs/tuning_{options.what}.png")
         PLOTS[options.what](Record(options.record), out)
         return 0
+    if options.command == "compare" and options.layout == "lagged" and options.wire_seeds:
+        raise SystemExit("lagged residuals are an experiment on the reference: no cloud serves them")
     bench = Bench(options)
     figures: dict[str, Any] = {"benchmark": f"tuning {options.command}", "finished": False}
     try:

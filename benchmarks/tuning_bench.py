@@ -67,6 +67,8 @@ def plan_of(spec: Spec, checkpoint: Checkpoint) -> Plan:
         sharing = SHARING_LAYERS if spec.layout == "one_trip_shared" else 1
         facts |= {"name": spec.layout.replace("_", "-"), "share_residual_codes": sharing}
         return Plan.one_trip(checkpoint.projections(), **facts)
+    if spec.layout == "lagged":  # the paper's plan and its A and B; only the residual differs
+        return Plan.subset(**facts | {"name": f"per_projection-{spec.initialiser}-r{spec.rank}"})
     return Plan.subset(layout=spec.layout, **facts)
 
 
@@ -202,6 +204,8 @@ class Bench:
                 split = tuning_wire.through_cloud(self.options.model, plan, spec.precision)
                 return stack.enter_context(split), wire
             model = tuning_learner.base_model(*base)
+            if spec.lag:
+                return tuning_learner.lagged(model, plan, matrices, spec.lag), wire
             return tuning_learner.private_lora(model, plan, matrices), wire
         model = tuning_learner.base_model(*base)
         if spec.method == "base":

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from benchmarks.datasets import Row
 from shared.cache import replacing
 from shared.checkpoint import Checkpoint
+from shared.lagged import Lagged
 from shared.lowrank import LowRank
 from shared.plan import TARGET_ORDER, Plan
 from shared.reference import Reference
@@ -202,6 +203,12 @@ def private_lora(model: PreTrainedModel, plan: Plan, lowrank: LowRank) -> Local:
     """Return the single-process reference; its personal weights, which change nothing yet, are trained."""
     reference = Reference(model, plan, lowrank)
     return Local(model, [*reference.matrices.parameters(), *reference.factors.parameters()])
+
+
+def lagged(model: PreTrainedModel, plan: Plan, lowrank: LowRank, lag: int) -> Local:
+    """Return the experiment of `shared.lagged`; its weights, which change nothing yet, are trained."""
+    reference = Lagged(model, plan, lowrank, lag)
+    return Local(model, [*reference.matrices.parameters(), *reference.current.parameters()])
 
 
 # --- the loop -------------------------------------------------------------------------------------

@@ -40,10 +40,12 @@ class Spec:
     rank: int = 0
     alpha: int = 0
     initialiser: Initialiser | Literal[""] = ""
-    layout: Layout | Literal["", "one_trip", "one_trip_shared"] = ""  # these are whole plans
+    # The last three are no layouts: whole plans, see `Plan.one_trip`, and an experiment, see `shared.lagged`.
+    layout: Layout | Literal["", "one_trip", "one_trip_shared", "lagged"] = ""
     # Fields from here on came later: lines without them mean the default.
     precision: Precision = "float32"  # of the frozen layers, and on the wire; what is trained is float32
     transport: Transport = "reference"  # wire: through a cloud process
+    lag: int = 0  # of layout lagged (positions)
 
     @property
     def choosing(self) -> "Spec":
@@ -52,7 +54,8 @@ class Spec:
 
     def __str__(self) -> str:
         """Say what matters in a line."""
-        own = {"lora": f" r={self.rank}", "privatelora": f" {self.layout} {self.initialiser} r={self.rank}"}
+        layout = f"lagged({self.lag})" if self.lag else self.layout
+        own = {"lora": f" r={self.rank}", "privatelora": f" {layout} {self.initialiser} r={self.rank}"}
         tuned = f" lr={self.lr:g} seed={self.seed} {self.steps}x{self.batch}" if self.steps else ""
         wire = " over the wire" if self.transport == "wire" else ""
         return f"{self.task} {self.method}{own.get(self.method, '')}{tuned}{wire}"

@@ -53,7 +53,7 @@ def method(spec: Spec) -> str:
         "majority": "majority class",
         "lora": f"LoRA r={spec.rank}, alpha={spec.alpha}",
     }
-    layout = spec.layout.replace("_", " ")
+    layout = f"lagged({spec.lag})" if spec.lag else spec.layout.replace("_", " ")
     where = ", over the wire" if spec.transport == "wire" else ""
     return names.get(spec.method, f"PrivateLoRA {layout} {spec.initialiser} r={spec.rank}{where}")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.datasets import DataError, Row, boolq_rows, normalised, split
+from benchmarks.plan_quality import entries
 from benchmarks.quality import evaluate, majority, wilson
 from benchmarks.tuning_learner import Example, Local, by_length, collate, learning_rate, schedule, train
 from benchmarks.tuning_runs import Found, Record, Run, Spec, best, rungs, survivors, wider
@@ -224,10 +225,10 @@ def test_the_record_is_read_back_and_names_a_bad_line(tmp_path):
 def test_lines_from_before_a_field_mean_its_default(tmp_path):
     path = tmp_path / "runs.jsonl"
     line = json.loads(run(0.5).model_dump_json())
-    del line["spec"]["transport"], line["spec"]["precision"]
+    del line["spec"]["transport"], line["spec"]["precision"], line["spec"]["lag"]
     path.write_text(json.dumps(line) + "\n")
     (old,) = Record(path).runs
-    assert old == run(0.5).spec and old.transport == "reference" and old.precision == "float32"
+    assert old == run(0.5).spec and (old.transport, old.precision, old.lag) == ("reference", "float32", 0)
 
 
 def test_the_table_takes_the_rate_from_runs_that_never_saw_the_test_set(tmp_path):
@@ -254,3 +255,12 @@ def test_the_table_shows_the_rate_that_validation_chose(tmp_path):
     text = markdown(record)
     assert "| 4 x 2 | 0.003 of 3 | 2 | 0.5500 ± 0.0707 |" in text
     assert "70.0 [60.4, 78.1]" in text and "does not beat the majority" in text
+
+
+def test_lagged_runs_are_named_so_and_say_nothing_of_a_plan_on_offer(tmp_path):
+    record = Record(tmp_path / "runs.jsonl")
+    late = record.add(run(0.5, method="privatelora", layout="lagged", lag=2, initialiser="orthonormal"))
+    assert "PrivateLoRA lagged(2) orthonormal" in markdown(record) and "lagged(2)" in str(late.spec)
+    assert not entries(record)
+    record.add(run(0.5, method="privatelora", layout="one_trip", initialiser="orthonormal"))
+    assert [entry["layout"] for entry in entries(record)] == ["one_trip"]
