@@ -56,8 +56,6 @@ def widest_row(plan: Plan, dtypes: WireDtypes, *, upfront: bool) -> int:
         widest = max(widest, answer)
     return max(hidden, widest)
 
-    """Return what a message takes as the one field of a request or response, with gRPC's header."""
-
 
 # --- protobuf's own bytes, of fields whose numbers are below 16 ---------------------------------------------
 

@@ -237,7 +237,7 @@ def test_a_servers_certificate_is_no_clients(shut_mutual: Secured) -> None:
 
 
 def test_a_certificate_that_expires_ends_its_streams(shut_mutual: Secured) -> None:
-    certificates(shut_mutual.certs, "brief", days=10 / 86_400)
+    certificates(shut_mutual.certs, "brief", days=20 / 86_400)
     certificates(shut_mutual.certs, days=1)  # the server's lasts
     with RawEdge(shut_mutual.address, shut_mutual.tls("brief")) as brief:
         stream = brief.open()

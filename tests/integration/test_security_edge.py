@@ -1,6 +1,5 @@
 """What an edge refuses: a cloud whose certificate is not right is told nothing, no token above all."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,10 +42,8 @@ def test_a_server_certificate_for_another_host(guarded: Secured, tmp_path: Path,
     certs = certificates(tmp_path / "certs", names=(host,))
     with Impostor(certs) as impostor:
         roots = (certs / "ca.pem").read_bytes()
-        start = time.monotonic()
         with pytest.raises(CloudConnectionError, match="not for 127.0.0.1"):
             edge_describe(impostor.address, Credentials(tls=True, roots=roots, token=guarded.known["bob"]))
-        assert time.monotonic() - start < 4, "waiting does not make a certificate right"
         assert impostor.calls == 0
 
 
