@@ -90,9 +90,13 @@ class Allowance:
         return max(0.0, -self._tokens / rate)
 
     async def pause(self) -> None:
-        """Wait until tokens may be spent, but not for long."""
-        if (debt := self.debt_s()) > 0:
-            await asyncio.sleep(min(debt, self.limits.max_wait_s))
+        """Wait until tokens may be spent, but not for long.
+
+        Others of the same identity may spend while this one sleeps, so it looks again when it wakes.
+        """
+        until = self._clock() + self.limits.max_wait_s
+        while (debt := self.debt_s()) > 0 and (left := until - self._clock()) > 0:
+            await asyncio.sleep(min(debt, left))
 
     def spend(self, tokens: int) -> None:
         """Count tokens; the last step may go over the rate, and what comes next waits for it.

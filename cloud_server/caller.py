@@ -11,7 +11,7 @@ class Caller:
 
     name: str
     token_digest: bytes | None = None
-    not_after: datetime | None = None  # when the certificate that it was let in by expires
+    not_after: datetime | None = None  # when the certificate that it has shown expires
 
 
 ANONYMOUS = Caller("")  # everybody, where nothing is asked for

@@ -31,7 +31,7 @@ def dev(
         list[str] | None,
         typer.Option("--client", metavar="NAME", help="A client to make a certificate for; repeatable."),
     ] = None,
-    days: Annotated[float, typer.Option(min=0, help="How long they are valid (days).")] = 90.0,
+    days: Annotated[float, typer.Option(min=0, max=36_500, help="How long they are valid (days).")] = 90.0,
 ) -> None:
     """Make a CA of your own (kept once made), a server's certificate and those of clients.
 

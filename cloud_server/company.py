@@ -35,7 +35,7 @@ class Company:
     def come_back(self, owner: object, now: float) -> None:
         """Note that a session has sent a step."""
         since = self._since.pop(owner, None)
-        if since is not None:
+        if since is not None and now - since <= GONE_S:
             usual = self._usual.get(owner, now - since)
             self._usual[owner] = usual + 0.2 * (now - since - usual)
 
@@ -48,11 +48,9 @@ class Company:
         """Return whether any session has begun to rest after ``moment``."""
         return any(since > moment for since in self._since.values())
 
-    def is_expected(self, now: float, within_s: float) -> bool:
-        """Return whether a session that usually rests for no longer than ``within_s`` is due to come."""
+    def expected_until(self, now: float, within_s: float) -> float | None:
+        """Return until when a session that usually rests for at most ``within_s`` is due; None if none is."""
         self._since = {owner: since for owner, since in self._since.items() if now - since <= GONE_S}
-        for owner, since in self._since.items():
-            usual = self._usual.get(owner, self._first_guess_s)
-            if usual <= within_s and now - since <= LATE * usual:
-                return True
-        return False
+        usual = {owner: self._usual.get(owner, self._first_guess_s) for owner in self._since}
+        until = [s + LATE * usual[owner] for owner, s in self._since.items() if usual[owner] <= within_s]
+        return max((moment for moment in until if moment >= now), default=None)

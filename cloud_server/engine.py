@@ -157,7 +157,8 @@ class Engine:
         """
         if first.layer == first.plan.cloud_layers.start and first.emitted < first.layer:
             longest = self.config.start_wait_share * self._pass_s
-            return longest if self._company.is_expected(now, longest) else 0.0
+            until = self._company.expected_until(now, longest)
+            return 0.0 if until is None else min(longest, until - first.ready_since)
         recent = now - self.config.fairness_s
         awaited = any(
             step.layer == first.layer == step.emitted

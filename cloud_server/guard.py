@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -41,6 +42,7 @@ class _Call:
     caller: Caller
     task: "asyncio.Task[Any]"
     ended: str | None = None  # why it was ended from here
+    ended_at: float = 0.0  # when last (seconds, monotonic)
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -74,9 +76,11 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def may_still(self, caller: Caller) -> bool:
         """Whether a caller that was let in would be let in now."""
-        if caller.token_digest is not None:
-            return self.tokens is not None and self.tokens.holds(caller.name, caller.token_digest)
-        return caller.not_after is None or datetime.now(timezone.utc) <= caller.not_after
+        if _has_expired(caller):
+            return False
+        if caller.token_digest is None:
+            return True
+        return self.tokens is not None and self.tokens.holds(caller.name, caller.token_digest)
 
     async def watch(self) -> None:
         """End streams whose caller may no longer; run until cancelled."""
@@ -84,10 +88,15 @@ class Guard(grpc.aio.ServerInterceptor):
             await asyncio.sleep(WATCH_S)
             if self.tokens is not None:
                 self.tokens.refresh()
+            now = time.monotonic()
             for call in [c for c in self._calls if c.ended is None and not self.may_still(c.caller)]:
-                what = "token was revoked" if call.caller.token_digest is not None else "certificate expired"
+                what = "certificate expired" if _has_expired(call.caller) else "token was revoked"
                 log.info("ending a stream of %s: its %s", call.caller.name, what)
-                call.ended = f"your {what}"
+                call.ended, call.ended_at = f"your {what}", now
+                call.task.cancel()
+            # Before Python 3.12 `asyncio.wait_for` may lose a cancellation: who is still here is told again.
+            for call in [c for c in self._calls if c.ended and now - c.ended_at > 2 * FAREWELL_S]:
+                call.ended_at = now
                 call.task.cancel()
 
     def _guarded(self, inner: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Context], Any]:
@@ -147,7 +156,7 @@ class Guard(grpc.aio.ServerInterceptor):
             found = self.tokens.identity(_bearer(context))
             if found is None:
                 raise _unauthenticated("the token is wrong or was revoked; ask this cloud's operator for one")
-            return Caller(*found)
+            return Caller(*found, not_after=_expiry(context) if self.by_certificate else None)
         if self.by_certificate:
             return _of_certificate(context)
         return ANONYMOUS
@@ -170,14 +179,22 @@ def _bearer(context: Context) -> str:
 def _of_certificate(context: Context) -> Caller:
     """Return whom the client's certificate names: all its alternative names, else its common name."""
     names = sorted(name.decode("utf-8", "replace") for name in context.peer_identities() or ())
-    shown = context.auth_context().get("x509_pem_cert", ())
-    if not names or not all(name and name.isprintable() for name in names) or not shown:
+    if not names or not all(name and name.isprintable() for name in names):
         raise _unauthenticated("the client certificate names nobody; give it a common or alternative name")
+    return Caller(",".join(names), not_after=_expiry(context))
+
+
+def _expiry(context: Context) -> datetime:
+    """Return when the client's certificate expires."""
+    shown = context.auth_context().get("x509_pem_cert", ())
     try:
-        expiry = x509.load_pem_x509_certificate(bytes(next(iter(shown)))).not_valid_after_utc
-    except ValueError:
+        return x509.load_pem_x509_certificate(bytes(next(iter(shown)))).not_valid_after_utc
+    except (ValueError, StopIteration):
         raise _unauthenticated("the client certificate cannot be read") from None
-    return Caller(",".join(names), not_after=expiry)
+
+
+def _has_expired(caller: Caller) -> bool:
+    return caller.not_after is not None and datetime.now(timezone.utc) > caller.not_after
 
 
 def _unauthenticated(why: str) -> Refusal:

@@ -39,6 +39,8 @@ DRAIN_S = 5.0
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # two servers on one port would silently share its clients
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Of one connection: what is not authenticated yet may hold a message's bytes for each.
+    ("grpc.max_concurrent_streams", 1024),
     ("grpc.keepalive_time_ms", 60_000),  # some clouds drop idle TCP after four minutes
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),

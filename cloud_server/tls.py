@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def _check_pair(chain: bytes, cert: Path, secret: bytes, key: Path) -> None:
     first = _certificates(chain, cert)[0]
     try:
         own = serialization.load_pem_private_key(secret, None).public_key()
-    except (ValueError, TypeError):  # the latter if it is encrypted
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # the second if it is encrypted
         raise TlsError(f"{key} holds no private key in PEM, or an encrypted one") from None
     if own != first.public_key():
         raise TlsError(f"the key in {key} is not that of the certificate in {cert}")

@@ -99,7 +99,7 @@ class Credentials:
 
 def _secret(path: Path) -> str:
     raw = _read(path)
-    if os.name == "posix" and path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+    if os.name == "posix" and path.expanduser().stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
         raise SettingsError(f"everybody on this machine may read the token in {path}: chmod 600 {path}")
     return raw.decode("utf-8", "replace")
 

@@ -211,6 +211,8 @@ def _shown(row: dict[str, Any], name: str) -> tuple[str, str]:
 
 def _show_advice(console: Console, found: dict[str, Any]) -> None:
     best = found["recommended"]
+    if not found["layers_stand_alone"]:
+        return  # it is said above why there is no advice
     if best is None:
         console.print(
             "no layer helps on the rows held out, so no plan is made of any: give more --steps, or more rows",

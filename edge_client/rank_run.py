@@ -88,6 +88,12 @@ class RankRun:
                 left_out.append(f"plan {plan.name} has no personal weights: there is nothing to tune in it")
             elif plan != ranked:
                 worths.append(self._other(plan))
+        stands_alone = ranked.owners == ranked.exchange_layers == ranked.adapted_layers
+        if not stands_alone:
+            left_out.append(
+                f"layers of plan {ranked.name} share an M or take codes from another layer: what one is "
+                "worth there says nothing about a plan of its own, so none is suggested"
+            )
         assert self._shared is not None
         untuned, dtypes, tune = self._shared.untuned, self._shared.dtypes, self.settings.tune
         return {
@@ -100,13 +106,16 @@ class RankRun:
             "seed": tune.seed,
             "untuned_nats_per_token": untuned.mean().nats,
             "layers_of": ranked.name,
+            "layers_stand_alone": stands_alone,
             "weights": name,
             "layers_nats_per_token": ranking.whole.mean().nats,
             "layers": layer_rows(ranking),
             "plans": plan_rows(worths, dtypes),
             "left_out": left_out,
             "round_trips": round_trips,
-            "recommended": advice(ranking, ranked, plans, round_trips, dtypes, self.data),
+            "recommended": advice(ranking, ranked, plans, round_trips, dtypes, self.data)
+            if stands_alone
+            else None,
         }
 
     def _plans(self, file: Path | None) -> tuple[list[Plan], Plan]:
@@ -203,7 +212,7 @@ class RankRun:
         shared, progress = self._shared, self._progress
         progress.note(f"tuning under plan {plan.name}")
         weights, lr = tune_briefly(
-            learner, plan, self.settings.tune, shared.train, dtype, progress, progress.training
+            learner, plan, self.settings.tune, shared.train, dtype, progress, progress.training, shared.held
         )
         after = RowLosses.measure(learner, shared.held, weights)
         return PlanWorth(plan, after.mean(), shared.untuned.above(after), lr), weights

@@ -141,7 +141,7 @@ def rank_layers(
     examples
         Held out from the tuning of ``weights``.
     weights
-        M by adapted layer and factors by name; left as they are.
+        M by owner and factors by name; left as they are.
     advance
         Called after each pass, ``1 + len(plan.owners)`` times.
 
@@ -235,6 +235,7 @@ def tune_briefly(
     dtype: torch.dtype,
     watcher: Watcher | None = None,
     begun: Callable[[Trainer], object] = lambda trainer: None,
+    held: Sequence[Example] = (),
 ) -> tuple[Weights, float]:
     """Return the weights after ``config.steps`` steps from where nothing is changed, and the learning rate.
 
@@ -256,6 +257,8 @@ def tune_briefly(
         Hears of the steps.
     begun
         Called before the first step.
+    held
+        What will be judged by: it has to fit as well, which is better known before than after.
 
     Raises
     ------
@@ -267,7 +270,7 @@ def tune_briefly(
     limits = learner.limits()
     settled = config.settled(plan, limits.max_batch_tokens, limits.max_sequence_tokens)
     assert settled.max_tokens is not None
-    longest = max(len(example.ids) for example in train)
+    longest = max(len(example.ids) for example in (*train, *held))
     if longest > settled.max_tokens:
         raise DataError(
             f"the cloud takes {settled.max_tokens:,} tokens at a time under plan {plan.name!r}, an example "

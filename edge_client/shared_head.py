@@ -50,10 +50,10 @@ class SharedHead:
         if not 0 < len(rows) <= MOST_ROWS:
             return self._run(hidden)
         call = Call(rows)
-        with self._lock:
-            self._waiting.append(call)
-            waits, self._running = self._running, True
         try:
+            with self._lock:
+                self._waiting.append(call)
+                waits, self._running = self._running, True
             if waits:
                 call.woken.wait()
             if not call.done:  # woken, or never waited: it is this thread's turn
@@ -92,6 +92,9 @@ class SharedHead:
 
     def _pass_on(self) -> None:
         """Give the turn to whoever has waited longest."""
+        for call in self._waiting:
+            if call.done:
+                call.woken.set()
         self._waiting = [call for call in self._waiting if not call.done]
         self._running = bool(self._waiting)
         if self._waiting:

@@ -66,20 +66,33 @@ def test_tokens_are_saved_up_spent_and_owed() -> None:
 
 async def test_a_pause_is_as_long_as_the_debt_but_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
+    mine, clock = allowed(max_tokens_per_s=10, burst_s=0, max_wait_s=2)
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
+        clock.now += seconds
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    mine, _ = allowed(max_tokens_per_s=10, burst_s=0, max_wait_s=2)
     await mine.pause()
     mine.spend(5)
     await mine.pause()
     assert slept == [pytest.approx(0.5)]
-    other, _ = allowed(max_tokens_per_s=10, burst_s=0, max_wait_s=2)
+    other, clock = allowed(max_tokens_per_s=10, burst_s=0, max_wait_s=2)
     other.spend(1000)
     await other.pause()
     assert slept[1:] == [2]
+
+
+async def test_streams_of_one_identity_that_wait_together_are_slowed_and_not_refused() -> None:
+    mine = Allowance(IdentityLimits(max_tokens_per_s=200, burst_s=0, max_wait_s=30))
+    mine.spend(2)
+
+    async def stream() -> None:
+        for _ in range(3):
+            await mine.pause()
+            mine.spend(1)
+
+    await asyncio.gather(*(stream() for _ in range(4)))
 
 
 def test_blocks_that_rows_share_count_once() -> None:

@@ -13,28 +13,28 @@ def rested(company: Company, owner: str, seconds: float, times: int = 1) -> None
 def test_nobody_is_expected_of_nobody() -> None:
     company = Company(0.05)
     assert company.is_empty
-    assert not company.is_expected(0.0, 1.0)
+    assert company.expected_until(0.0, 1.0) is None
 
 
 def test_a_newcomer_is_expected_for_a_while() -> None:
     company = Company(0.05)
     company.rest("a", 10.0)
     assert not company.is_empty
-    assert company.is_expected(10.09, 0.06)
-    assert not company.is_expected(10.11, 0.06)
-    assert not company.is_expected(10.0, 0.04)  # it would take longer than is worth waiting
+    assert company.expected_until(10.09, 0.06) is not None
+    assert company.expected_until(10.11, 0.06) is None
+    assert company.expected_until(10.0, 0.04) is None  # it would take longer than is worth waiting
 
 
 def test_an_edge_is_known_by_what_it_usually_takes() -> None:
     company = Company(0.05)
     rested(company, "slow", 0.2)
     company.rest("slow", 0.0)
-    assert not company.is_expected(0.0, 0.1)  # others do not wait for it
-    assert company.is_expected(0.0, 0.3)
+    assert company.expected_until(0.0, 0.1) is None  # others do not wait for it
+    assert company.expected_until(0.0, 0.3) is not None
     rested(company, "quick", 0.01)
     company.rest("quick", 0.0)
-    assert company.is_expected(0.015, 0.1)
-    assert not company.is_expected(0.03, 0.1)  # late
+    assert company.expected_until(0.015, 0.1) is not None
+    assert company.expected_until(0.03, 0.1) is None  # late
 
 
 def test_what_is_usual_follows_the_edge() -> None:
@@ -42,19 +42,27 @@ def test_what_is_usual_follows_the_edge() -> None:
     rested(company, "a", 0.01)
     rested(company, "a", 0.2, times=30)
     company.rest("a", 0.0)
-    assert not company.is_expected(0.0, 0.1)
-    assert company.is_expected(0.3, 0.25)
+    assert company.expected_until(0.0, 0.1) is None
+    assert company.expected_until(0.3, 0.25) is not None
 
 
 def test_a_pause_says_nothing_of_the_next_rest() -> None:
     company = Company(0.05)
     rested(company, "a", 0.01)
     company.rest("a", 0.0)
-    assert not company.is_expected(GONE_S + 1, 5.0)
+    assert company.expected_until(GONE_S + 1, 5.0) is None
     assert company.is_empty
     company.come_back("a", GONE_S + 1)
     company.rest("a", 0.0)
-    assert company.is_expected(0.015, 0.05)
+    assert company.expected_until(0.015, 0.05) is not None
+
+
+def test_a_pause_of_the_only_session_says_nothing_either() -> None:
+    company = Company(0.05)
+    rested(company, "a", 0.01)
+    rested(company, "a", 60.0)  # nobody asked meanwhile who is expected
+    company.rest("a", 0.0)
+    assert company.expected_until(0.0, 0.05) == 0.02
 
 
 def test_who_leaves_is_not_expected() -> None:
@@ -62,7 +70,7 @@ def test_who_leaves_is_not_expected() -> None:
     company.rest("a", 0.0)
     assert company.leave("a")
     assert not company.leave("a")
-    assert not company.is_expected(0.0, 1.0)
+    assert company.expected_until(0.0, 1.0) is None
 
 
 def test_rested_since() -> None:
