@@ -57,7 +57,7 @@ CODECS = {  # hidden states, codes, residual codes
 
 def tuned(address: str, plan: str, lr: str, o: argparse.Namespace) -> Path:
     """Return the adapter of a plan, tuned through the cloud at ``address`` unless it is there already."""
-    name = f"{o.task}-{plan}-{o.steps}x{o.batch}-{lr}-{o.seed}"
+    name = f"{o.task}-{plan}-{o.steps}x{o.batch}-{lr}-{o.seed}-{o.dtype}"
     path: Path = cache_folder() / "codec_quality" / f"{name}.safetensors"
     if path.is_file():
         return path

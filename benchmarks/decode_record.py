@@ -5,8 +5,9 @@ The bound that a plan's speed is held against, over the answers of one group:
     tokens / (round trips x RTT + the same steps' time on loopback)
 
 with the tokens after each answer's first. With one round trip a step that is (tokens per step) / (RTT + mean
-step). The steps' time on loopback is that of the same steps (as many positions in each, of which as many were
-accepted, the same text) taken again through the same cloud with no link in between, right after each answer.
+step). The steps' time on loopback is that of the same steps (as many positions in each, of which as many
+were accepted, the same text) taken again through the same cloud with no link in between, right after each
+answer. Answers count for it in which the host let both be (`benchmarks.quiet`): a disturbed replay flatters.
 Pure: reads lines, runs nothing.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.quiet import MOST_STEAL
 
 AIM = 0.9  # of the bound
 SLOWDOWN_AIM = 0.05  # that drafting may cost any prompt
@@ -122,10 +125,12 @@ class Summary:
     """The figures of several answers together, each token weighing the same.
 
     Rates in tokens/s, times in milliseconds, bytes both ways per token. ``bound_tok_s`` and the step's time
-    on loopback are None where steps were not taken again; ``against_bound`` is the speed's share of it.
+    on loopback are None where steps were not taken again undisturbed; ``against_bound`` is the speed's share
+    of it. These three are of the ``quiet`` answers alone.
     """
 
     answers: int
+    quiet: int
     tokens: int
     tok_s: float
     tokens_per_step: float
@@ -154,27 +159,32 @@ def summary(rows: Sequence[Answered]) -> Summary | None:
         return None
     tokens, steps = sum(row.tokens for row in rows), sum(row.steps for row in rows)
     seconds, trips = sum(row.seconds for row in rows), sum(row.round_trips for row in rows)
-    ideals = [ideal_s(row) for row in rows]
+    quiet = [row for row in rows if max(row.steal, row.loopback_steal or 0.0) <= MOST_STEAL]
+    ideals = [ideal_s(row) for row in quiet]
     known = [ideal for ideal in ideals if ideal is not None]
-    bound = tokens / sum(known) if len(known) == len(rows) else None
-    loopback = sum(row.loopback_s or 0.0 for row in rows) if bound else None
+    bound = against = loopback_ms = None
+    if known and len(known) == len(quiet):
+        bound = sum(row.tokens for row in quiet) / sum(known)
+        against = sum(known) / sum(row.seconds for row in quiet)
+        loopback_ms = 1e3 * sum(row.loopback_s or 0.0 for row in quiet) / sum(row.steps for row in quiet)
     up, down = (sum(getattr(row, way) for row in rows) / tokens for way in ("bytes_up", "bytes_down"))
     return Summary(
         answers=len(rows),
+        quiet=len(quiet),
         tokens=tokens,
         tok_s=round(tokens / seconds, 3),
         tokens_per_step=round(tokens / steps, 3),
         tokens_per_round_trip=round(tokens / trips, 3) if trips else None,
         positions_per_step=round(sum(row.positions for row in rows) / steps, 3),
         step_ms=round(1e3 * seconds / steps, 2),
-        loopback_step_ms=None if loopback is None else round(1e3 * loopback / steps, 2),
+        loopback_step_ms=None if loopback_ms is None else round(loopback_ms, 2),
         rtt_ms=round(statistics.mean(row.rtt_ms for row in rows), 2),
         bound_tok_s=None if bound is None else round(bound, 3),
-        against_bound=None if bound is None else round(tokens / seconds / bound, 4),
+        against_bound=None if against is None else round(against, 4),
         bytes_up_per_token=round(up, 1),
         bytes_down_per_token=round(down, 1),
         of_papers_bytes=round((up + down) / (PAPER_BYTES_PER_LAYER * rows[0].layers), 4),
-        most_steal=max(row.steal for row in rows),
+        most_steal=max(max(row.steal, row.loopback_steal or 0.0) for row in rows),
     )
 
 

@@ -63,7 +63,7 @@ def _line(group: Group, found: Sequence[Answered], one: Summary) -> str:
         share,
         f"{one.bytes_up_per_token:.0f} + {one.bytes_down_per_token:.0f}",
         f"{one.of_papers_bytes:.3f}",
-        f"at most {one.most_steal:.1%}",
+        f"at most {one.most_steal:.1%}, {one.quiet} quiet",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -83,7 +83,7 @@ class FirstTokens:
 
 
 def summary(rows: Sequence[FirstToken]) -> FirstTokens:
-    """Return the figures of the measurements that the host let be, or of all if there is none."""
+    """Return the figures of what the host let be, or of all if there is none such (``counted`` 0)."""
     quiet = [row for row in rows if row.is_quiet] or list(rows)
     ratios = sorted(row.ratio for row in quiet)
     ideal = statistics.median(row.ideal_s for row in quiet)
@@ -92,7 +92,7 @@ def summary(rows: Sequence[FirstToken]) -> FirstTokens:
     if not first.resident and first.round_trips * first.rtt_ms / 1e3 > EXCHANGING_AIM * ideal:
         aim = None
     return FirstTokens(
-        counted=len(quiet),
+        counted=sum(row.is_quiet for row in rows),
         tried=len(rows),
         seconds=round(statistics.median(row.seconds for row in quiet), 3),
         ideal_s=round(ideal, 3),

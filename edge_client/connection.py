@@ -169,7 +169,7 @@ class Connection:
         fingerprint
             What this edge stands on; the cloud refuses if it differs.
         wire_dtype
-            Element type of every tensor, both ways: not float16, in which gradients underflow, nor int8.
+            Element type of every tensor, both ways: not float16 (gradients underflow), int8 or int4.
 
         Raises
         ------

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,6 +25,18 @@ from edge_client.flags import (
     WireDtype,
     one_line_errors,
 )
+from edge_client.tune_flags import (
+    EDGE_SETTINGS,
+    BatchSize,
+    Data,
+    LossOn,
+    MaxTokens,
+    MicroBatchTokens,
+    OrderSeed,
+    Truncate,
+    Validation,
+    setting,
+)
 
 STEPS = 20  # of each short run
 HELD_OUT_ROWS = 64
@@ -34,21 +46,10 @@ SETTINGS = (
     "steps", "batch_size", "lr", "validation", "loss_on", "max_tokens", "truncate", "micro_batch_tokens",
     "seed",
 )  # fmt: skip
-FLAGS = (
-    "cloud", "tls", "tls_ca", "token_file", "client_cert", "client_key", "plan", "wire_dtype", "dtype",
-    "device", "fingerprint", "accept_new_fingerprint", "cache_dir",
-)  # fmt: skip
-
-
-def _setting(flag: str, text: str, metavar: str = "N") -> Any:
-    return typer.Option(flag, metavar=metavar, help=text)
 
 
 def rank(
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="FILE", help="JSONL of chats or completions, or plain text."),
-    ] = None,
+    data: Data = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -69,30 +70,18 @@ def rank(
         int, typer.Option("--held-out-rows", metavar="N", min=2, help="At most so many to judge by.")
     ] = HELD_OUT_ROWS,
     steps: Annotated[
-        int | None, _setting("--steps", f"Optimiser steps of each short run; {STEPS} by default.")
+        int | None, setting("--steps", f"Optimiser steps of each short run; {STEPS} by default.")
     ] = None,
-    batch_size: Annotated[int | None, _setting("--batch-size", "Examples a step; 16 by default.")] = None,
+    batch_size: BatchSize = None,
     lr: Annotated[
-        float | None, _setting("--lr", "Learning rate; by default what suits each plan's A and B.", "X")
+        float | None, setting("--lr", "Learning rate; by default what suits each plan's A and B.", "X")
     ] = None,
-    validation: Annotated[
-        float | None,
-        _setting("--validation", "Part of the rows held out to judge by; 0.1 by default.", "FRACTION"),
-    ] = None,
-    loss_on: Annotated[
-        str | None, _setting("--loss-on", "completions (the default), or all: prompts too.", "WHAT")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, _setting("--max-tokens", "Longest example; what the cloud takes by default.")
-    ] = None,
-    truncate: Annotated[
-        bool | None, typer.Option("--truncate", help="Cut the start of prompts that are too long.")
-    ] = None,
-    micro_batch_tokens: Annotated[
-        int | None,
-        _setting("--micro-batch-tokens", "Tokens sent at a time; what the cloud takes, up to 4096."),
-    ] = None,
-    seed: Annotated[int | None, _setting("--seed", "Of the order and the split; 0 by default.")] = None,
+    validation: Validation = None,
+    loss_on: LossOn = None,
+    max_tokens: MaxTokens = None,
+    truncate: Truncate = None,
+    micro_batch_tokens: MicroBatchTokens = None,
+    seed: OrderSeed = None,
     cloud: Cloud = None,
     tls: Tls = None,
     tls_ca: TlsCa = None,
@@ -118,7 +107,7 @@ def rank(
     with one_line_errors(debug):
         from edge_client.config import SettingsError, load_config
 
-        flags = {name: given[name] for name in FLAGS if name in given}
+        flags = {name: given[name] for name in EDGE_SETTINGS if name in given}
         tuning = {"steps": STEPS, **{name: given[name] for name in SETTINGS if name in given}}
         settings = load_config(config, **flags, tune=tuning)
         if data is None:

@@ -26,6 +26,18 @@ from edge_client.flags import (
     WireDtype,
     one_line_errors,
 )
+from edge_client.tune_flags import (
+    EDGE_SETTINGS,
+    BatchSize,
+    Data,
+    LossOn,
+    MaxTokens,
+    MicroBatchTokens,
+    OrderSeed,
+    Truncate,
+    Validation,
+    setting,
+)
 
 if TYPE_CHECKING:
     from edge_client.config import EdgeConfig
@@ -41,15 +53,8 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def _setting(flag: str, text: str, metavar: str = "N") -> Any:
-    return typer.Option(flag, metavar=metavar, help=text)
-
-
 def tune(
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="FILE", help="JSONL of chats or completions, or plain text."),
-    ] = None,
+    data: Data = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Of the adapter; the data file's name by default.")
     ] = None,
@@ -65,46 +70,34 @@ def tune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that has this name.")
     ] = False,
-    epochs: Annotated[int | None, _setting("--epochs", "Times each example is seen; 3 by default.")] = None,
-    steps: Annotated[int | None, _setting("--steps", "Optimiser steps, whatever the epochs.")] = None,
-    batch_size: Annotated[int | None, _setting("--batch-size", "Examples a step; 16 by default.")] = None,
+    epochs: Annotated[int | None, setting("--epochs", "Times each example is seen; 3 by default.")] = None,
+    steps: Annotated[int | None, setting("--steps", "Optimiser steps, whatever the epochs.")] = None,
+    batch_size: BatchSize = None,
     lr: Annotated[
-        float | None, _setting("--lr", "Learning rate; by default what suits the plan's A and B.", "X")
+        float | None, setting("--lr", "Learning rate; by default what suits the plan's A and B.", "X")
     ] = None,
     schedule: Annotated[
-        str | None, _setting("--schedule", "constant, linear or cosine (the default).", "NAME")
+        str | None, setting("--schedule", "constant, linear or cosine (the default).", "NAME")
     ] = None,
     warmup: Annotated[
-        float | None, _setting("--warmup", "Part of the steps in which the rate rises; 0.1.", "X")
+        float | None, setting("--warmup", "Part of the steps in which the rate rises; 0.1.", "X")
     ] = None,
-    weight_decay: Annotated[float | None, _setting("--weight-decay", "Of AdamW; 0 by default.", "X")] = None,
-    clip: Annotated[float | None, _setting("--clip", "Longest gradient; 1 by default, 0: any.", "X")] = None,
-    validation: Annotated[
-        float | None,
-        _setting("--validation", "Part of the rows held out to judge by; 0.1 by default.", "FRACTION"),
-    ] = None,
+    weight_decay: Annotated[float | None, setting("--weight-decay", "Of AdamW; 0 by default.", "X")] = None,
+    clip: Annotated[float | None, setting("--clip", "Longest gradient; 1 by default, 0: any.", "X")] = None,
+    validation: Validation = None,
     validate_every: Annotated[
-        int | None, _setting("--validate-every", "Steps between validations; about ten in all.")
+        int | None, setting("--validate-every", "Steps between validations; about ten in all.")
     ] = None,
     patience: Annotated[
-        int | None, _setting("--patience", "End after so many validations without a better one; 3, 0: never.")
+        int | None, setting("--patience", "End after so many validations without a better one; 3, 0: never.")
     ] = None,
-    loss_on: Annotated[
-        str | None, _setting("--loss-on", "completions (the default), or all: learn prompts too.", "WHAT")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, _setting("--max-tokens", "Longest example; what the cloud takes by default.")
-    ] = None,
-    truncate: Annotated[
-        bool | None, typer.Option("--truncate", help="Cut the start of prompts that are too long.")
-    ] = None,
-    micro_batch_tokens: Annotated[
-        int | None,
-        _setting("--micro-batch-tokens", "Tokens sent at a time; what the cloud takes, up to 4096."),
-    ] = None,
-    seed: Annotated[int | None, _setting("--seed", "Of the order and the split; 0 by default.")] = None,
+    loss_on: LossOn = None,
+    max_tokens: MaxTokens = None,
+    truncate: Truncate = None,
+    micro_batch_tokens: MicroBatchTokens = None,
+    seed: OrderSeed = None,
     checkpoint_every: Annotated[
-        int | None, _setting("--checkpoint-every", "Steps between checkpoints; 10 by default.")
+        int | None, setting("--checkpoint-every", "Steps between checkpoints; 10 by default.")
     ] = None,
     cloud: Cloud = None,
     tls: Tls = None,
@@ -134,7 +127,8 @@ def tune(
         from edge_client.config import SettingsError, load_config
         from edge_client.tuning.run import held
 
-        settings = load_config(config, **_edge_flags(given), tune=_tune_flags(given) or None)
+        edge = {name: given[name] for name in EDGE_SETTINGS if name in given}
+        settings = load_config(config, **edge, tune=_tune_flags(given) or None)
         if resume and restart:
             raise SettingsError("give either --resume or --restart")
         if data is None and not resume:
@@ -145,14 +139,6 @@ def tune(
         with held(job):
             _check_free(job, out, resume=resume, restart=restart, overwrite=overwrite)
             _run(job, settings, saved, as_json=as_json)
-
-
-def _edge_flags(given: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "cloud", "tls", "tls_ca", "token_file", "client_cert", "client_key", "plan", "wire_dtype", "dtype",
-        "device", "fingerprint", "accept_new_fingerprint", "cache_dir",
-    )  # fmt: skip
-    return {name: given[name] for name in names if name in given}
 
 
 def _tune_flags(given: dict[str, Any]) -> dict[str, Any]:

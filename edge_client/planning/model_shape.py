@@ -4,13 +4,12 @@ Counts multiplications and additions as two operations. Norms, rotations and act
 are less than one in a hundred of a layer's operations.
 """
 
-import copy
-
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
+from edge_client.hollow import hollow
 from shared.families import geometry
 from shared.lora import factor_shapes
 from shared.plan import Plan, Projection
@@ -34,12 +33,9 @@ class ModelShape(BaseModel):
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> "ModelShape":
         """Read the sizes off one layer of the family's own code, which is never given memory."""
-        sizes, hollow = geometry(config), copy.deepcopy(config)
-        hollow.num_hidden_layers = 1
-        if getattr(hollow, "layer_types", None):
-            hollow.layer_types = hollow.layer_types[:1]
+        sizes = geometry(config)
         with torch.device("meta"):
-            layer = AutoModel.from_config(hollow).layers[0]  # type: ignore[no-untyped-call]
+            layer = AutoModel.from_config(hollow(config)).layers[0]  # type: ignore[no-untyped-call]
         products = tuple(
             Projection(name=name, d_in=module.in_features, d_out=module.out_features)
             for name, module in layer.named_modules()

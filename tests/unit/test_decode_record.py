@@ -54,6 +54,15 @@ def test_there_is_no_bound_where_a_step_was_not_taken_again():
     assert one.bound_tok_s is None and one.against_bound is None and one.loopback_step_ms is None
 
 
+def test_a_disturbed_answer_or_replay_does_not_count_for_the_bound():
+    disturbed = [row(prompt=1, seconds=9.0, steal=0.2), row(prompt=2, loopback_s=9.0, loopback_steal=0.2)]
+    one = decode_record.summary([row(), *disturbed])
+    assert (one.answers, one.quiet, one.most_steal) == (3, 1, 0.2)
+    assert one.against_bound == pytest.approx(1.0) and one.bound_tok_s == pytest.approx(12.0)
+    assert one.tok_s == pytest.approx(36 / 11, abs=1e-3)  # what was seen is shown as it was
+    assert decode_record.summary(disturbed).against_bound is None
+
+
 def test_answers_of_one_token_say_nothing():
     short = row(prompt=1, tokens=0, steps=0, positions=0, seconds=0.0, loopback_s=0.0, round_trips=0)
     assert decode_record.summary([short]) is None
