@@ -33,7 +33,7 @@ PROTOC      := $(PY) -m grpc_tools.protoc -Ishared/pb=proto \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc
 
 .PHONY: help demo chat model test lint format proto proto-check exact bench link attacks data tuning integrity \
-  tune-speed tune-memory tune-mixed over-link first-token link-plots install clean
+  tune-speed tune-memory tune-mixed over-link first-token link-plots chaos chaos-short overload fuzz install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -53,17 +53,21 @@ $(VENV)/bin/python:
 	echo "no Python >= 3.10 found: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1
 
 $(RUN_STAMP): $(VENV)/bin/python pyproject.toml
+	@echo "installing PyTorch and the rest into $(VENV): some minutes"
 	$(PIP) install --quiet "$(TORCH)"
+	@echo "installing this project and what it needs into $(VENV)"
 	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
+	@echo "installing what checks and tests need into $(VENV): a minute or more"
 	$(PIP) install --quiet --editable '.[dev]'
 	@touch $@
 
 install: $(RUN_STAMP)  ## make .venv with both sides installed (EXTRAS=cloud or edge: one side)
 
 $(BENCH_STAMP): $(RUN_STAMP)
+	@echo "installing what benchmarks need into $(VENV): a minute or more"
 	$(PIP) install --quiet --editable '.[bench]'
 	@touch $@
 
@@ -89,7 +93,8 @@ chat: $(MODEL_STAMP)  ## the same, as a conversation
 
 test: lint $(MODEL_STAMP)  ## lint, then unit and integration tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/unit
-	$(PY) -m pytest tests/integration
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone" tests/integration
+	$(PY) -m pytest -m alone tests/integration
 
 lint: $(DEV_STAMP) proto-check  ## ruff, mypy --strict, buf, generated stubs up to date
 	$(VENV)/bin/ruff check .
@@ -166,6 +171,20 @@ tune-memory: $(DEV_STAMP) $(MODEL_STAMP)  ## what tuning takes of the cloud's me
 
 tune-mixed: $(DEV_STAMP) $(MODEL_STAMP)  ## two edges tune while four sessions decode (minutes)
 	$(PY) -m benchmarks.tune_mixed
+
+chaos: $(DEV_STAMP) $(MODEL_STAMP)  ## eight edges decode and one tunes while the cloud is killed, paused, drained, cut off (half an hour)
+	$(PY) -m benchmarks.chaos
+
+chaos-short: $(DEV_STAMP) $(MODEL_STAMP)  ## the same for a few minutes, three events of each kind
+	$(PY) -m benchmarks.chaos --short
+
+overload: $(DEV_STAMP) $(MODEL_STAMP)  ## 64 streams on a KV budget for 16, against 16 that need not wait (minutes)
+	$(PY) -m benchmarks.overload
+
+FUZZ_WORKERS ?= 1
+
+fuzz: $(DEV_STAMP)  ## a million mutated messages, hostile clouds, mutated files (long; FUZZ_WORKERS=N processes)
+	$(PY) -m benchmarks.fuzz --workers $(FUZZ_WORKERS)
 
 clean:  ## remove .venv and tool caches (the model cache in the user's folder stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -28,6 +28,7 @@ from edge_client.drafting import Drafter
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.streams import Traffic
 from shared.models import resolve
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
 WIRE_KINDS = ("wire_dtype", "hidden_wire_dtype", "codes_wire_dtype", "residual_codes_wire_dtype")
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -122,8 +123,14 @@ class Answering:
         in_flight
             Steps under way at a time (count).
         """
-        limits = self.model.offer.raw_limits
-        limits.max_step_tokens, limits.max_steps_in_flight = chunk, in_flight
+        connection = self.model.connection
+
+        def described(address: str) -> pb.DescribeResponse:
+            stated: pb.DescribeResponse = type(connection).described(connection, address)
+            stated.limits.max_step_tokens, stated.limits.max_steps_in_flight = chunk, in_flight
+            return stated
+
+        connection.described = described  # sessions take their limits from what is stated as they open
         self.model.set_adapter(self.model.adapter)  # closes the sessions there are
         return {}
 

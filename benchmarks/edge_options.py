@@ -9,11 +9,18 @@ from benchmarks.link import PRESETS, Preset, preset
 from benchmarks.plan_accuracy import OFFERS
 
 KINDS = ("", "hidden_", "codes_", "residual_codes_")  # of tensors, as settings name their wire dtypes
+KEEPS_WINDOW = "+window"
 SWEPT = re.compile(r"rtt(\d+)")
 
 
 def link_named(name: str) -> Preset:
-    """Return a preset, or for ``rtt40`` the link of 5g and wan with that round-trip time (milliseconds)."""
+    """Return a preset, or for ``rtt40`` the link of 5g and wan with that round-trip time (milliseconds).
+
+    ``wan+window`` is wan between hosts that keep TCP's window through a pause.
+    """
+    plain = name.removesuffix(KEEPS_WINDOW)
+    if plain != name:
+        return link_named(plain).model_copy(update={"name": name, "keeps_window": True})
     swept = SWEPT.fullmatch(name)
     if swept is None:
         return preset(name)

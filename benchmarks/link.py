@@ -62,7 +62,7 @@ def _joined(preset: Preset, kind: Kind) -> Joined:
     if lacking or kind == "proxy":
         say(f"a proxy in this process, not a network: {f'{lacking} is missing' if lacking else 'as asked'}")
         return Proxy(up, down)
-    return Namespaces(up, down)
+    return Namespaces(up, down, keeps_window=preset.keeps_window)
 
 
 class Link:

@@ -23,13 +23,13 @@ class Namespaces:
 
     kind = "namespaces"
 
-    def __init__(self, up: LinkShape, down: LinkShape) -> None:
+    def __init__(self, up: LinkShape, down: LinkShape, *, keeps_window: bool = False) -> None:
         self.name = f"privatelora-{os.getpid()}-{secrets.token_hex(4)}"
         self.cloud_prefix, self.edge_prefix = (
             ("ip", "netns", "exec", link_tun.namespace_of(self.name, side)) for side in ("cloud", "edge")
         )
         self._process = subprocess.Popen(
-            link_tun.command(self.name, up, down),
+            link_tun.command(self.name, up, down, keeps_window),
             cwd=ROOT,
             env=child_environment(),
             stdin=subprocess.PIPE,

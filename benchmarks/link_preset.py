@@ -19,6 +19,11 @@ class Preset(BaseModel):
     down_mbit_s: float | None = Field(
         gt=0, description="Rate from cloud to edge (10^6 bits/s); None: no limit"
     )
+    keeps_window: bool = Field(
+        default=False,
+        description="Whether both hosts send as much at once after a pause as before it "
+        "(net.ipv4.tcp_slow_start_after_idle=0; Linux's default is 1); not emulated by the proxy",
+    )
 
     @property
     def is_loopback(self) -> bool:

@@ -80,7 +80,7 @@ def _open_tun(interface: str, namespace: str) -> int:
     return tun
 
 
-def _join(name: str) -> dict[str, int]:
+def _join(name: str, keeps_window: bool) -> dict[str, int]:
     """Make both namespaces with a TUN each; return the descriptors by side."""
     tuns = {}
     for side, address in ADDRESSES.items():
@@ -92,6 +92,7 @@ def _join(name: str) -> dict[str, int]:
         inside = ("netns", "exec", namespace)
         # No router solicitations, and no slow-start threshold kept from one measurement to the next.
         settings = "echo 1 > ipv6/conf/all/disable_ipv6; echo 1 > ipv4/tcp_no_metrics_save"
+        settings += f"; echo {0 if keeps_window else 1} > ipv4/tcp_slow_start_after_idle"
         _ip(*inside, "sh", "-c", f"cd /proc/sys/net && ({settings}) 2>/dev/null || true")
         _ip(*inside, "ip", "address", "add", f"{address}/30", "dev", interface)
         link = ("dev", interface, "mtu", str(MTU), "txqueuelen", str(QUEUE_PACKETS), "up")
@@ -204,7 +205,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     try:
         try:
-            tuns = _join(name)
+            tuns = _join(name, shapes["keeps_window"])
         except (LinkError, OSError) as error:
             print(json.dumps({"error": str(error)}), flush=True)
             return
@@ -217,9 +218,9 @@ def main() -> None:
         remove(name)
 
 
-def command(name: str, up: LinkShape, down: LinkShape) -> list[str]:
+def command(name: str, up: LinkShape, down: LinkShape, keeps_window: bool = False) -> list[str]:
     """Return the command line that `main` reads."""
-    shapes = json.dumps({"up": asdict(up), "down": asdict(down)})
+    shapes = json.dumps({"up": asdict(up), "down": asdict(down), "keeps_window": keeps_window})
     return [sys.executable, "-m", "benchmarks.link_tun", name, shapes]
 
 

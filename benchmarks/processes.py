@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.ports import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 300.0  # the first start may fetch, unpack and factorise a model
 STOP_TIMEOUT_S = 10.0
@@ -31,14 +32,6 @@ STOP_TIMEOUT_S = 10.0
 
 class ProcessError(RuntimeError):
     """A process did not start, or ended with an error; carries the end of its log."""
-
-
-def free_port() -> int:
-    """Return a TCP port on localhost that nothing listens on at this moment."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @cache
@@ -179,6 +172,11 @@ class CloudProcess:
         if self._process is None:
             raise ProcessError("the cloud process was not started")
         return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """Exit status of the child, None while it runs; -N where signal N ended it."""
+        return None if self._process is None else self._process.poll()
 
     def logs(self, last: int | None = None) -> str:
         """Return what the child has printed, or only its last lines."""

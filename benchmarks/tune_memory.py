@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.processes import CloudProcess, memory_bytes
 from benchmarks.tune_edge import Load, TuningEdge
-from cloud_server.config import TuningConfig
+from cloud_server.config.tuning import TuningConfig
 from cloud_server.tuning_memory import tuning_bytes
 from edge_client.model import PrivateLoraForCausalLM
 from shared.models import DEFAULT_MODEL, resolve

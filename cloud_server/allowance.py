@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import grpc
 
-from cloud_server.config import IdentityLimits
-from cloud_server.session import Refusal, Session
-
-RETRY_AFTER_S = 1.0  # hint where nobody can know when there will be room
+from cloud_server.config.identity import IdentityLimits
+from cloud_server.refusal import Refusal
+from cloud_server.releases import Releases
+from cloud_server.session import Session
 
 
 class Allowance:
@@ -30,18 +30,21 @@ class Allowance:
     def __init__(self, limits: IdentityLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.sessions: set[Session] = set()
-        self.tuning_streams = 0
+        self.tuning_streams = self.tuning_bytes = self.fetches = 0
+        self.released = Releases()  # sessions and tuning streams of its own
         self._clock = clock
         self._tokens = limits.burst_tokens  # that may be spent at once; below 0 is a debt
         self._counted_at = clock()
 
-    def admit_session(self, make_room: Callable[[], bool]) -> None:
+    def admit_session(self, make_room: Callable[[], bool], opening: int = 0) -> None:
         """Refuse one session more than allowed.
 
         Parameters
         ----------
         make_room
             Frees one of this identity's dropped sessions; False if there is none.
+        opening
+            Its sessions that wait to be opened: they count too.
 
         Raises
         ------
@@ -49,9 +52,9 @@ class Allowance:
             If there is no room.
         """
         most = self.limits.max_sessions
-        while most is not None and len(self.sessions) >= most:
+        while most is not None and len(self.sessions) + opening >= most:
             if not make_room():
-                raise _too_much(f"{most} sessions at a time; close one", RETRY_AFTER_S)
+                raise _too_much(f"{most} sessions at a time; close one", self.released.hint_s())
 
     def admit_tuning(self) -> None:
         """Refuse one tuning stream more than allowed.
@@ -63,7 +66,32 @@ class Allowance:
         """
         most = self.limits.max_tuning_streams
         if most is not None and self.tuning_streams >= most:
-            raise _too_much(f"{most} tuning streams at a time", RETRY_AFTER_S)
+            raise _too_much(f"{most} tuning streams at a time", self.released.hint_s())
+
+    def take_tuning(self, size: int) -> None:
+        """Count the memory of a tuning batch (bytes) as used; whoever frees it subtracts it again.
+
+        Raises
+        ------
+        Refusal
+            With nothing counted, if there is no room.
+        """
+        most = self.limits.max_tuning_bytes
+        if most is not None and self.tuning_bytes + size > most:
+            raise _too_much(f"{most} bytes for tuning batches; send smaller ones", self.released.hint_s())
+        self.tuning_bytes += size
+
+    def admit_fetch(self) -> None:
+        """Refuse one fetch of parts more than allowed.
+
+        Raises
+        ------
+        Refusal
+            If there is no room.
+        """
+        most = self.limits.max_fetches
+        if most is not None and self.fetches >= most:
+            raise _too_much(f"{most} fetches of parts at a time", self.released.hint_s())
 
     def lacks_kv(self, more_blocks: int, block_bytes: int) -> bool:
         """Whether so many more KV blocks are more than allowed. Blocks that rows share count once."""
@@ -75,9 +103,8 @@ class Allowance:
 
     def kv_refusal(self) -> Refusal:
         """Return the refusal of KV blocks beyond the allowance."""
-        return _too_much(
-            f"{self.limits.max_kv_bytes} bytes of KV cache; end or crop a session", RETRY_AFTER_S
-        )
+        what = f"{self.limits.max_kv_bytes} bytes of KV cache; end or crop a session"
+        return _too_much(what, self.released.hint_s())
 
     def debt_s(self) -> float:
         """Return for how long nothing may be spent (seconds), 0 if something may."""
@@ -127,4 +154,5 @@ class Allowances:
 
 def _too_much(what: str, retry_after_s: float) -> Refusal:
     message = f"your share of this cloud is {what}, or try again later"
-    return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=retry_after_s)
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    return Refusal(code, message, retry_after_s=retry_after_s, reason="share")

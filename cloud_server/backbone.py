@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from cloud_server.attention import ATTENTION_NAME, CachedAttention, Part
@@ -117,8 +117,14 @@ class Backbone:
             module.load_state_dict(by_layer.pop(layer), strict=True, assign=True)
             module.eval().requires_grad_(False)
             rotary_key = kinds[layer] if kinds[layer] in self.rotary_kinds else "all"
-            self.layers[layer] = Layer(module, rotary_key, lean=probe.agrees(module, rotary_key))
-        self.residuals = Residuals(plans, self.geometry, dtype=dtype, device=self.device)
+            self.layers[layer] = self._layer(module, rotary_key, lean=probe.agrees(module, rotary_key))
+        self.residuals = self._residuals(plans)
+
+    def _layer(self, module: nn.Module, rotary_key: str, *, lean: bool) -> Layer:
+        return Layer(module, rotary_key, lean=lean)
+
+    def _residuals(self, plans: Mapping[str, tuple[Plan, LowRank]]) -> Residuals:
+        return Residuals(plans, self.geometry, dtype=self.dtype, device=self.device)
 
     def rotary(self, positions: Tensor) -> dict[str, Rotary]:
         """Return what rotates queries and keys at ``positions (tokens,)``, by layer type (or "all")."""

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make certificates to begin with.", no_args_is_help=True)
+from shared.help_text import Commands
+
+app = typer.Typer(cls=Commands, help="Make certificates to begin with.", no_args_is_help=True)
 
 
 @app.callback()

@@ -4,23 +4,31 @@ import os
 
 # Before torch: spinning OpenMP threads would steal the cores that gRPC needs between exchanges.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines are not in the log's format
 
 import asyncio
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloud_server import logs
 from cloud_server.cert_cli import app as cert_app
+from cloud_server.health_cli import health
 from cloud_server.token_cli import app as token_app
+from shared.complaint import in_words
+from shared.help_text import Commands
 from shared.version import ShowVersion
 
 if TYPE_CHECKING:
     from cloud_server.service import Service
 
+log = logging.getLogger(__name__)
 app = typer.Typer(
+    cls=Commands,
     help="Host the frozen decoder layers of a language model. Edges keep their text, tokens and weights M.",
     no_args_is_help=True,
     add_completion=False,
@@ -53,6 +61,13 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="cpu (the default), cuda or mps: what to compute on.")
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Share the layers among this many processes (ranks) of this machine, each with some of the "
+            "attention heads and, on cuda, a GPU of its own; 1 by default. Under torchrun leave it out."
+        ),
+    ] = None,
     kv_bytes: Annotated[
         int | None, typer.Option(help="Memory for keys and values of all sessions (bytes); 1 GiB by default.")
     ] = None,
@@ -82,6 +97,16 @@ def serve(
     grace_period_s: Annotated[
         float | None, typer.Option(help="How long a lost session may come back (seconds); 60 by default.")
     ] = None,
+    drain_timeout_s: Annotated[
+        float | None,
+        typer.Option(help="After SIGTERM, how long steps may take to finish (seconds); 5 by default."),
+    ] = None,
+    successor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Where edges are sent when this server stops; nowhere by default."
+        ),
+    ] = None,
     tls_cert: Annotated[
         Path | None,
         typer.Option(help="Serve TLS with this certificate (PEM, chain included); replace it at any time."),
@@ -101,10 +126,26 @@ def serve(
         bool | None,
         typer.Option("--allow-anonymous", help="Listen beyond loopback without tokens and client CA."),
     ] = None,
+    probes: Annotated[
+        str | None,
+        typer.Option(
+            "--health",
+            help="HOST:PORT that answers gRPC health checks alone, in clear, for probes; none by default.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads; all cores by default.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Folder for models and A/B files.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with any of these settings and more.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT where Prometheus is answered, or off; 127.0.0.1:9464 by default, if that is free."
+        ),
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text (the default), or json: one object a line.")
     ] = None,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info (the default), warning or error.")
@@ -114,7 +155,8 @@ def serve(
     """Serve a model. Settings come from flags, then PRIVATELORA_CLOUD_* variables, then the TOML file."""
     from pydantic import ValidationError
 
-    from cloud_server.config import PlanConfig, load_config, plan_config
+    from cloud_server.config.plans import PlanConfig, plan_config
+    from cloud_server.config.reading import load_config
 
     try:
         plans = tuple(plan_config(text) for text in plan) if plan else None
@@ -130,24 +172,28 @@ def serve(
             listen=listen,
             dtype=dtype,
             device=device,
+            tensor_parallel=tensor_parallel,
             kv_bytes=kv_bytes,
             plans=plans,
             max_context_tokens=max_context_tokens,
             max_step_tokens=max_step_tokens,
             grace_period_s=grace_period_s,
+            drain_timeout_s=drain_timeout_s,
+            successor=successor,
             tls_cert=tls_cert,
             tls_key=tls_key,
             client_ca=client_ca,
             tokens=tokens,
             allow_plaintext=allow_plaintext,
             allow_anonymous=allow_anonymous,
+            health=probes,
             threads=threads,
             cache_dir=cache_dir,
             log_level=log_level,
+            log_format=log_format,
+            metrics=metrics,
         )
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-        )
+        logs.set_up(settings.log_level, settings.log_format)
         _run(settings)
     except ValidationError as error:
         if debug:
@@ -164,33 +210,61 @@ def serve(
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
+    except typer.Exit:  # a RuntimeError, but no error
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        logs.failed(in_words(error))
         raise typer.Exit(1) from None
 
 
+app.command()(health)
 app.add_typer(token_app, name="token")  # after serve, so that help lists it first
 app.add_typer(cert_app, name="cert")
 
 
 def _run(settings: "CloudConfig") -> None:
+    from cloud_server.parallel_children import place_of
+
+    place = place_of(settings)
+    if place.rank > 0:  # torchrun started this one to follow another
+        from cloud_server.parallel_start import follow_or_fail
+
+        raise typer.Exit(follow_or_fail(settings, place))
     from cloud_server.server import serve as serve_until_stopped
+
+    async def until_stopped() -> bool:
+        try:
+            return await serve_until_stopped(settings, _announce)
+        finally:
+            _heed_no_more_signals()
 
     if sys.platform != "win32":
         import uvloop
 
         uvloop.install()  # a third less latency an exchange than asyncio's own loop
-    asyncio.run(serve_until_stopped(settings, _announce))
+    if not asyncio.run(until_stopped()):
+        raise typer.Exit(1)
+
+
+def _heed_no_more_signals() -> None:
+    """Let nobody who asks once more to stop kill a process that is about to end, and end well."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if sys.platform != "win32":
+            asyncio.get_running_loop().remove_signal_handler(number)  # which the end of the loop would do
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _announce(address: str, service: "Service") -> None:
+    config, budget = service.config, service.engine.cache.bytes_total
     plans = ", ".join(offer.plan.name for offer in service.offers.values())
-    budget = service.engine.cache.bytes_total / 2**20
-    print(
-        f"serving {service.config.model} on {address} (plans: {plans}; KV cache {budget:.0f} MiB)", flush=True
-    )
+    words = f"serving {config.model} on {address} (plans: {plans}; KV cache {budget / 2**20:.0f} MiB)"
+    if config.log_format == "text":
+        print(words, flush=True)
+    else:
+        at, model = address, config.model
+        logs.event(log, "serving", words, address=at, model=model, plans=plans, kv_bytes=budget)
 
 
 def main() -> None:
@@ -199,7 +273,7 @@ def main() -> None:
 
 
 if TYPE_CHECKING:
-    from cloud_server.config import CloudConfig
+    from cloud_server.config.cloud import CloudConfig
 
 if __name__ == "__main__":
     main()

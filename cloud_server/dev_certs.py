@@ -13,6 +13,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -79,11 +80,12 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
         try:
             cert = x509.load_pem_x509_certificate(cert_path.read_bytes())
             key = serialization.load_pem_private_key(key_path.read_bytes(), None)
-        except (ValueError, TypeError, FileNotFoundError):
+            theirs, _ = cert.public_key(), cert.subject  # looked into only when it is asked
+        except (ValueError, TypeError, FileNotFoundError, UnsupportedAlgorithm, x509.InvalidVersion):
             raise ValueError(
                 f"the CA in {folder} is damaged; delete ca.pem and ca.key to begin anew"
             ) from None
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != cert.public_key():
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != theirs:
             raise ValueError(f"{key_path} is not the key of {cert_path}; delete both to begin anew")
         return cert, key
     key = ec.generate_private_key(ec.SECP256R1())

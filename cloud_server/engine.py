@@ -7,7 +7,6 @@ Knows nothing about gRPC, tokens or personal weights.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -18,10 +17,13 @@ import torch
 from torch import Tensor
 
 from cloud_server.backbone import Backbone, Slice
+from cloud_server.batch_statistics import BatchStatistics
 from cloud_server.company import Company
-from cloud_server.config import EngineConfig
+from cloud_server.config.engine import EngineConfig
 from cloud_server.kv_cache import KvCache
+from cloud_server.memory import is_out_of_memory
 from cloud_server.step import Step
+from cloud_server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +56,12 @@ class Engine:
         self.backbone, self.cache, self.config = backbone, cache, config
         self.steps: set[Step] = set()  # in flight
         self.ready: deque[Step] = deque()
-        self.batches = BatchStatistics()
+        self.batches = BatchStatistics(config.short_step_tokens)
         self.background: Background | None = None
         self._cost = 50e-6  # seconds per token and layer, learned; decides slices and threads
         self._short_batch_s = 0.0  # how long a batch of short steps takes, learned; decides waiting
         self._pass_s = 0.0  # how long a short step takes from its arrival to its end, learned
+        self._turns = Turns()  # of those who prefill, by positions
         self._company = Company(config.fairness_s / 2)
         self._wake = asyncio.Event()
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
@@ -137,8 +140,11 @@ class Engine:
             groups = short if step.longest <= self.config.short_step_tokens else long
             groups.setdefault((step.layer, step.must_emit()), []).append(step)
         oldest = next(iter(long.values()), [])
-        if oldest and now - oldest[0].ready_since > self.config.fairness_s:
-            return self._slices(oldest), None
+        if oldest:
+            late = now - oldest[0].ready_since > self.config.fairness_s
+            oldest = self._next_in_turn(long)
+            if late:
+                return self._slices(oldest), None
         longest = max(self.config.fairness_s, self._pass_s)
         starving = [g for g in short.values() if now - g[0].ready_since > longest]
         for group in (*starving, *(short[key] for key in sorted(short))):
@@ -147,6 +153,14 @@ class Engine:
                 return [Slice(step, 0, step.tokens) for step in group[: self.config.max_batch_steps]], None
             patience = min(left, patience or left)
         return self._slices(oldest), patience
+
+    def _next_in_turn(self, groups: dict[tuple[int, bool], list[Step]]) -> list[Step]:
+        """Return the group of the identity whose turn it is, its own steps first."""
+        if len(groups) == 1 and len(only := next(iter(groups.values()))) == 1:
+            return only
+        turn = self._turns.order([step for group in groups.values() for step in group], _payer)
+        first = turn[0].layer, turn[0].must_emit()
+        return [step for step in turn if (step.layer, step.must_emit()) == first]
 
     def _patience(self, first: Step, now: float) -> float:
         """Return for how many seconds a group is kept for company; an edge that is late is not waited for.
@@ -194,22 +208,43 @@ class Engine:
             self.ready.remove(s.step)
             s.step.is_running = True
         tokens = sum(s.hi - s.lo for s in slices)
-        self.batches.add(len(slices), tokens)
-        started = time.perf_counter()
-        if tokens * self._cost < self.config.inline_s:
-            emitted, layers = self._advance(slices)
-        else:
-            loop = asyncio.get_running_loop()
-            with self.cache.in_use(table for s in slices for table in s.tables):
-                emitted, layers = await loop.run_in_executor(self._torch_thread, self._advance, slices)
+        if slices[0].step.longest > self.config.short_step_tokens:
+            for s in slices:
+                self._turns.charge(s.step.payer, s.hi - s.lo)
+        layer, oldest = slices[0].step.layer, min(s.step.ready_since for s in slices)
+        queued, started = time.monotonic() - oldest, time.perf_counter()
+        try:
+            if tokens * self._cost < self.config.inline_s:
+                emitted, layers = self._advance(slices)
+            else:
+                loop = asyncio.get_running_loop()
+                with self.cache.in_use(table for s in slices for table in s.tables):
+                    emitted, layers = await loop.run_in_executor(self._torch_thread, self._advance, slices)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            emitted, layers = [], 0
+            self._give_up_largest(slices, error)
         for s in slices:
             s.step.is_running = False
         took = time.perf_counter() - started
+        self.batches.add(layer, len(slices), tokens, queued, took)
         if layers and tokens >= 16:
             self._cost += 0.2 * (took / (tokens * layers) - self._cost)
         if layers and slices[0].step.longest <= self.config.short_step_tokens:
             self._short_batch_s += 0.2 * (took - self._short_batch_s)
         return emitted
+
+    def _give_up_largest(self, slices: list[Slice], error: Exception) -> None:
+        """Drop the step that takes most memory, so that the others of its batch can be run again.
+
+        What a layer has computed is taken over at its end only: they stand where they stood.
+        """
+        log.exception("no memory for a batch of %d steps; its largest is given up", len(slices))
+        step = max((s.step for s in slices), key=lambda step: step.tokens)
+        if not step.cancelled:
+            self.cancel(step)
+            step.on_failed(step, error)
 
     @torch.inference_mode()
     def _advance(self, slices: list[Slice]) -> tuple[list[tuple[Step, Tensor]], int]:
@@ -225,7 +260,15 @@ class Engine:
                 if any(step.finished or step.must_emit() or step.is_blocked() for step in steps):
                     break
         emitting = [step for step in steps if step.offset == 0 and not step.finished and step.must_emit()]
-        return list(zip(emitting, self.backbone.emit(emitting), strict=True)) if emitting else [], layers
+        if not emitting:
+            return [], layers
+        before = [step.emitted for step in emitting]
+        try:
+            return list(zip(emitting, self.backbone.emit(emitting), strict=True)), layers
+        except Exception:
+            for step, emitted in zip(emitting, before, strict=True):  # nothing was
+                step.emitted, step.normed = emitted, None
+            raise
 
     def reply(self, slices: list[Slice], emitted: list[tuple[Step, Tensor]]) -> None:
         """Send codes and finished hidden states, and queue again what can go on."""
@@ -239,13 +282,14 @@ class Engine:
                 continue
             if step.finished:
                 self.steps.discard(step)
+                now = time.monotonic()
+                self.batches.ended(step.longest, step.tokens, now - step.submitted_at)
                 if step.longest <= self.config.short_step_tokens:
-                    now = time.monotonic()
                     self._company.rest(step.owner, now)
                     self._pass_s += 0.1 * (now - step.submitted_at - self._pass_s)
                 step.before = None  # or a stream that always has two in flight keeps all it ever sent
                 step.on_done(step, step.kept_hidden())
-            elif s.hi == step.tokens or step.offset:
+            else:
                 self._enqueue(step)
         for step in self.steps:  # a session's next chunk may have waited for this one
             if step.before is not None and step not in self.ready:
@@ -259,9 +303,14 @@ class Engine:
         # On one thread: the edge's own work and gRPC's threads need a core at this very moment.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with torch.inference_mode():
-            self.backbone.stash(short)
-        torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode():
+                self.backbone.stash(short)
+        except Exception as error:
+            if not is_out_of_memory(error):  # else they are computed with the layer itself, or that fails
+                raise
+        finally:
+            torch.set_num_threads(threads)
 
     def _enqueue(self, step: Step) -> None:
         """Put a step that can go on into the ready queue, once."""
@@ -273,24 +322,15 @@ class Engine:
             self._wake.set()
 
 
-class BatchStatistics:
-    """How full the batches are."""
-
-    def __init__(self) -> None:
-        self.count = self.steps = self.tokens = 0
-
-    def add(self, steps: int, tokens: int) -> None:
-        """Count one batch."""
-        self.count += 1
-        self.steps += steps
-        self.tokens += tokens
-
-    @property
-    def mean_steps(self) -> float:
-        """Mean number of steps that ran together."""
-        return self.steps / self.count if self.count else 0.0
+def _payer(step: Step) -> str:
+    return step.payer
 
 
 async def _wait(event: asyncio.Event, seconds: float | None) -> None:
-    with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
-        await asyncio.wait_for(event.wait(), seconds)
+    """Wait for the event, which is set when the time is over; `asyncio.wait_for` makes a task each time."""
+    timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, event.set)
+    try:
+        await event.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()

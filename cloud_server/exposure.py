@@ -4,7 +4,7 @@ import ipaddress
 import logging
 import socket
 
-from cloud_server.config import CloudConfig
+from cloud_server.config.cloud import CloudConfig
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """Who may call: one interceptor that every RPC passes, and the end of streams whose caller may no longer.
 
 Nothing is open but the health check's ``Check``: load balancers and container probes have no token, and it
-tells no more than whether the server is ready. Reflection, ``Describe`` and the health check's ``Watch``
-(a stream that could be held open for ever) ask for the same credentials as everything else.
+tells no more than whether the server is ready. Its request must be short, and come soon. Reflection,
+``Describe`` and the health check's ``Watch`` (a stream that could be held open for ever) ask for the same
+credentials as everything else.
 
 With a token file, a caller is who its token is for. Without one, but with certificates of clients asked
 for, it is who its certificate names; gRPC has then checked that certificate in the handshake. With
@@ -23,7 +24,10 @@ import grpc
 from cryptography import x509
 
 from cloud_server.caller import ANONYMOUS, Caller, set_caller
-from cloud_server.session import Refusal
+from cloud_server.logs import event
+from cloud_server.metrics import REFUSALS
+from cloud_server.open_method import in_brief
+from cloud_server.refusal import Refusal, invalid
 from cloud_server.streams import Context, abort
 from cloud_server.tokens import TokenBook
 
@@ -65,14 +69,21 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Return the RPC's handler, which begins by asking who calls."""
+        """Return the RPC's handler, which begins by asking who calls.
+
+        Whatever the method takes, gRPC is told that it takes a stream: else it would read the one message, up
+        to megabytes of it, of a caller who has yet to say who it is.
+        """
         handler, method = await continuation(handler_call_details), handler_call_details.method
-        if handler is None or method in OPEN_METHODS:  # None: gRPC answers that there is no such method
-            return handler
-        kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
-        inner = getattr(handler, kind)
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(self._guarded(inner, method), handler.request_deserializer, handler.response_serializer)
+        if handler is None:  # gRPC answers that there is no such method
+            return None
+        if method in OPEN_METHODS:
+            return in_brief(handler)
+        inner = getattr(handler, f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}")
+        guarded = self._guarded(inner, method, reads_itself=handler.request_streaming)
+        return grpc.stream_stream_rpc_method_handler(
+            guarded, handler.request_deserializer, handler.response_serializer
+        )
 
     def may_still(self, caller: Caller) -> bool:
         """Whether a caller that was let in would be let in now."""
@@ -91,7 +102,8 @@ class Guard(grpc.aio.ServerInterceptor):
             now = time.monotonic()
             for call in [c for c in self._calls if c.ended is None and not self.may_still(c.caller)]:
                 what = "certificate expired" if _has_expired(call.caller) else "token was revoked"
-                log.info("ending a stream of %s: its %s", call.caller.name, what)
+                name = call.caller.name
+                event(log, "stream_ended", f"ending a stream of {name}: its {what}", identity=name)
                 call.ended, call.ended_at = f"your {what}", now
                 call.task.cancel()
             # Before Python 3.12 `asyncio.wait_for` may lose a cancellation: who is still here is told again.
@@ -99,22 +111,24 @@ class Guard(grpc.aio.ServerInterceptor):
                 call.ended_at = now
                 call.task.cancel()
 
-    def _guarded(self, inner: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Context], Any]:
-        """Return ``inner``, run only for those who may; gRPC wants one function for each way to answer."""
-        if inspect.isasyncgenfunction(inner):
-
-            async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
-                async with self._admitted(context, method):
-                    async for answer in inner(request, context):
-                        yield answer
-
-            return answers
-        if not inspect.iscoroutinefunction(inner):
+    def _guarded(
+        self, inner: Callable[[Any, Any], Any], method: str, *, reads_itself: bool
+    ) -> Callable[[Any, Context], Any]:
+        """Return ``inner``, run only for those who may; what it returns or yields is written."""
+        yields = inspect.isasyncgenfunction(inner)
+        if not (yields or inspect.iscoroutinefunction(inner)):
             raise TypeError(f"{method} is served by a thread of its own, which nothing could end")
 
-        async def answer(request: Any, context: Context) -> Any:
+        async def answer(requests: Any, context: Context) -> None:
             async with self._admitted(context, method):
-                return await inner(request, context)
+                request = requests if reads_itself else await context.read()
+                if request is grpc.aio.EOF:
+                    await abort(context, invalid("a call without a request"))
+                if yields:
+                    async for part in inner(request, context):
+                        await context.write(part)
+                elif (whole := await inner(request, context)) is not None:
+                    await context.write(whole)
 
         return answer
 
@@ -124,7 +138,8 @@ class Guard(grpc.aio.ServerInterceptor):
         try:
             who = self._identify(context)
         except Refusal as refusal:
-            log.info("refused %s from %s: %s", method, context.peer(), refusal.message)
+            peer, why = context.peer(), refusal.message
+            event(log, "call_refused", f"refused {method} from {peer}: {why}", method=method, peer=peer)
             await abort(context, refusal)
             raise  # which abort does
         task = asyncio.current_task()
@@ -134,6 +149,12 @@ class Guard(grpc.aio.ServerInterceptor):
         self._calls.add(call)
         try:
             yield
+        except (grpc.aio.AbortError, Refusal):  # said and counted already
+            raise
+        except Exception:  # a fault of ours, which gRPC answers with UNKNOWN and logs
+            if not context.cancelled():  # gRPC has private errors for a stream that its edge has left
+                REFUSALS.labels("UNKNOWN", "fault").inc()
+            raise
         except asyncio.CancelledError:
             if call.ended is None:
                 raise
@@ -189,7 +210,7 @@ def _expiry(context: Context) -> datetime:
     shown = context.auth_context().get("x509_pem_cert", ())
     try:
         return x509.load_pem_x509_certificate(bytes(next(iter(shown)))).not_valid_after_utc
-    except (ValueError, StopIteration):
+    except (ValueError, StopIteration, x509.InvalidVersion):
         raise _unauthenticated("the client certificate cannot be read") from None
 
 
@@ -198,4 +219,4 @@ def _has_expired(caller: Caller) -> bool:
 
 
 def _unauthenticated(why: str) -> Refusal:
-    return Refusal(grpc.StatusCode.UNAUTHENTICATED, why)
+    return Refusal(grpc.StatusCode.UNAUTHENTICATED, why, reason="identity")

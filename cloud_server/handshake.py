@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import grpc
 
-from cloud_server.session import Refusal, invalid
+from cloud_server.refusal import Refusal, invalid
 from shared import PROTOCOL_VERSION
-from shared.fingerprint import Fingerprint
+from shared.fingerprint import Fingerprint, FingerprintError
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
@@ -34,6 +34,7 @@ def agreed(offers: Mapping[bytes, Offer], request: pb.Open | pb.TuneOpen) -> Off
             grpc.StatusCode.FAILED_PRECONDITION,
             f"protocol version {request.protocol_version} is not spoken here, {PROTOCOL_VERSION} is; "
             "update the older side",
+            reason="protocol",
         )
     offer = offers.get(request.fingerprint.plan)
     if offer is None:
@@ -41,13 +42,18 @@ def agreed(offers: Mapping[bytes, Offer], request: pb.Open | pb.TuneOpen) -> Off
             grpc.StatusCode.NOT_FOUND,
             f"no such plan here (plan digest {request.fingerprint.plan[:8].hex() or 'missing'}); "
             f"offered: {', '.join(o.plan.name for o in offers.values())}",
+            reason="plan",
         )
-    parts = offer.fingerprint.differs_from(fingerprint_of(request.fingerprint))
+    try:
+        parts = offer.fingerprint.differs_from(fingerprint_of(request.fingerprint))
+    except FingerprintError as error:
+        raise invalid(str(error)) from None
     if parts:
         raise Refusal(
             grpc.StatusCode.FAILED_PRECONDITION,
             f"fingerprint mismatch in {' and '.join(parts)}: your adapter or edge parts were made "
             "for another model; use an adapter made for this cloud, or a cloud that serves yours",
+            reason="fingerprint",
         )
     return offer
 
@@ -78,5 +84,11 @@ def fingerprint_message(fingerprint: Fingerprint) -> pb.Fingerprint:
 
 
 def fingerprint_of(message: pb.Fingerprint) -> Fingerprint:
-    """Return a message's fingerprint."""
+    """Return a message's fingerprint.
+
+    Raises
+    ------
+    FingerprintError
+        If a branch is no digest.
+    """
     return Fingerprint(plan=message.plan, lowrank=message.lowrank, layers=message.layers, edge=message.edge)

@@ -151,17 +151,21 @@ class KvCache:
             shared = row.blocks[index]
             if self._users[shared] > 1:
                 own = self._take(row.blocks[index - 1] if index else None)
-                self._block(own).copy_(self._block(shared))
+                self.copy_block(shared, own)
                 self._users[shared] -= 1
                 row.blocks[index] = own
         while len(row.blocks) * BLOCK_TOKENS < end:
             row.blocks.append(self._take(row.blocks[-1] if row.blocks else None))
         row.table_changed()
 
-    def crop(self, row: Row, length: int) -> None:
-        """Forget positions from ``length`` on; blocks that hold nothing any more are freed."""
+    def crop(self, row: Row, length: int, until: int = 0) -> None:
+        """Forget positions from ``length`` on; blocks that hold nothing any more are freed.
+
+        Those up to position ``until`` stay the row's, for whoever is about to write them again: given back,
+        they may be lacking while a slice still runs on them.
+        """
         row.length, row.written = length, min(row.written, length)
-        keep = -(-length // BLOCK_TOKENS)
+        keep = -(-max(length, until) // BLOCK_TOKENS)
         if keep < len(row.blocks):
             self._release(row.blocks[keep:])
             del row.blocks[keep:]
@@ -181,6 +185,14 @@ class KvCache:
         start = block * BLOCK_TOKENS
         return self.pool[:, :, :, start : start + BLOCK_TOKENS]
 
+    def copy_block(self, block: int, to: int) -> None:
+        """Copy the keys and values of a block onto another."""
+        self._block(to).copy_(self._block(block))
+
+    def clear_block(self, block: int) -> None:
+        """Forget the keys and values of a block."""
+        self._block(block).zero_()
+
     def _take(self, after: int | None) -> int:
         """Take a free block: the next one if possible, so that a row stays one plain slice."""
         if after is not None and after + 1 < self.num_blocks and self._users[after + 1] == 0:
@@ -190,7 +202,7 @@ class KvCache:
         self._users[block] = 1
         self.free_blocks -= 1
         if self._dirty[block]:
-            self._block(block).zero_()
+            self.clear_block(block)
         self._dirty[block] = True
         return block
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cloud_server.attention import Asked, Attends, attend_one, visible
-from cloud_server.lean import Call, LeanLayer, Rotary, UnknownStructureError, fused_norm, product
+from cloud_server.lean import Call, LeanLayer, Rotary, UnknownStructureError, fused_norm
 from shared.families import UnsupportedModelError
+from shared.few_rows import product
 
 logger = logging.getLogger(__name__)
 

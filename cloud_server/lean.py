@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cloud_server.attention import Asked, Attends
 from cloud_server.gated import Gated
+from shared.few_rows import product
 
 Call = Callable[[Tensor], Tensor]
-FEW_TOKENS = (4, 64)  # see `product`
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 SANDWICH = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # Gemma norms what it adds as well
@@ -114,17 +114,6 @@ def fused_norm(norm: nn.Module) -> nn.Module:
             if torch.allclose(found, expected, rtol=2e-6, atol=1e-6, equal_nan=True):
                 return FusedNorm(weight if rounds_first else weight.to(wide) + offset, eps, rounds_first)
     return norm
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x (tokens, in) @ weight.T``: ``(tokens, out)``, for a few tokens on a CPU column-major.
-
-    BLAS takes 0.5 to 0.8 of the time for a few columns behind a large matrix that it takes for a few rows
-    in front of it; one row alone has a kernel of its own.
-    """
-    if FEW_TOKENS[0] <= x.shape[0] <= FEW_TOKENS[1] and x.device.type == "cpu":
-        return torch.mm(weight, x.t()).t()
-    return F.linear(x, weight)
 
 
 class Product:

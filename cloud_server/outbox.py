@@ -17,6 +17,11 @@ class Outbox:
         self._taken = asyncio.Event()
 
     @property
+    def is_empty(self) -> bool:
+        """Whether everything was taken to be sent."""
+        return not self._messages
+
+    @property
     def is_full(self) -> bool:
         """Whether so much waits for the edge that no more should be asked of us."""
         return len(self._messages) >= OUTBOX_MESSAGES

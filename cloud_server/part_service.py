@@ -7,8 +7,12 @@ from pathlib import Path
 
 import grpc
 
-from cloud_server.session import Refusal, invalid
-from cloud_server.streams import Context, abort, parse
+from cloud_server.allowance import Allowances
+from cloud_server.caller import caller
+from cloud_server.config.identity import IdentityLimits
+from cloud_server.refusal import Refusal, invalid
+from cloud_server.releases import Releases
+from cloud_server.streams import Context, Traffic, abort, parse
 from shared.edge_parts import EdgePart
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
@@ -26,19 +30,32 @@ class PartService:
         Fetches under way at a time (count): each holds pieces in memory for an edge that may not read.
     patience_s
         How long an edge may take to read a piece (seconds).
+    allowances
+        What each identity may use; None is anything.
     """
 
-    def __init__(self, parts: Sequence[EdgePart], most: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        parts: Sequence[EdgePart],
+        most: int,
+        patience_s: float,
+        allowances: Allowances | None = None,
+    ) -> None:
         self.parts, self.most, self.patience_s = parts, most, patience_s
-        self.under_way = 0
+        self.under_way, self.traffic = 0, Traffic()
+        self.released = Releases()
+        self.allowances = allowances or Allowances(IdentityLimits())
 
     async def fetch(self, raw: bytes, context: Context) -> None:
         """Stream one public file from an offset."""
+        allowance = self.allowances.of(caller().name)
         try:
             part, offset = self._asked_for(raw)
+            allowance.admit_fetch()
         except Refusal as refusal:
             await abort(context, refusal)
         self.under_way += 1
+        allowance.fetches += 1
         try:
             while offset < part.size:
                 piece = await asyncio.to_thread(_read_piece, part.path, offset)
@@ -53,8 +70,11 @@ class PartService:
             raise asyncio.CancelledError from None
         finally:
             self.under_way -= 1
+            self.released.note()
+            allowance.fetches -= 1
 
     def _asked_for(self, raw: bytes) -> tuple[EdgePart, int]:
+        self.traffic.received(raw)
         request = parse(pb.FetchEdgePartsRequest, raw)
         if request.part_index >= len(self.parts):
             raise invalid(f"part {request.part_index} does not exist; there are {len(self.parts)}")
@@ -63,15 +83,17 @@ class PartService:
             raise invalid(f"offset {request.offset_bytes} is beyond the {part.size} bytes of {part.name}")
         if self.under_way >= self.most:
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
-            raise Refusal(code, f"{self.most} edges fetch parts already; try again later", retry_after_s=1.0)
+            message = f"{self.most} edges fetch parts already; try again later"
+            raise Refusal(code, message, retry_after_s=self.released.hint_s(), reason="fetches")
         return part, request.offset_bytes
 
     async def _write(self, raw: bytes, context: Context) -> None:
         try:
             await asyncio.wait_for(context.write(raw), self.patience_s)
+            self.traffic.sent(raw)
         except asyncio.TimeoutError:  # not the built-in one before Python 3.11
             message = f"the edge read nothing for {self.patience_s:g} seconds; fetch the rest anew"
-            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, message, reason="slow") from None
         except Exception:  # gRPC has private errors for a stream that the edge has left
             raise asyncio.CancelledError from None
 

@@ -16,8 +16,6 @@ from shared.plan import Plan
 # Columns of z, columns of q|k|v (None: all), and what the former are multiplied with for the latter.
 Residual: TypeAlias = "tuple[slice | None, slice | None, Tensor]"
 
-FEW_TOKENS = 16  # for so few, one product with zeros in it takes less time than one for each projection
-
 
 class Residuals:
     """A and B of plans, ready to be multiplied with.
@@ -60,7 +58,7 @@ class Residuals:
 
     def add(self, qkv: Tensor, z: Tensor, plan: Plan, layer: int) -> None:
         """Add ``scale * zB`` in place. ``z (tokens, groups * r_d2c)``."""
-        if z.shape[0] <= FEW_TOKENS:
+        if z.shape[0] == 1:  # one product with zeros in it costs less there than one for each projection
             qkv.addmm_(z, self._spread[plan.name, layer])
             return
         for of_z, of_qkv, b in self._products[plan.name, layer]:

@@ -6,8 +6,9 @@ gRPC streams; what it has to say goes to ``outbox``.
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import grpc
@@ -17,6 +18,7 @@ from cloud_server.caller import ANONYMOUS, Caller
 from cloud_server.engine import Engine
 from cloud_server.kv_cache import KvFullError, Row
 from cloud_server.outbox import Outbox
+from cloud_server.refusal import Refusal, invalid, no_memory
 from cloud_server.step import RowSpan, Step
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -25,19 +27,6 @@ from shared.wire_dtypes import WireDtypes
 
 if TYPE_CHECKING:
     from cloud_server.allowance import Allowance
-
-
-class Refusal(Exception):
-    """A request that is answered with a status and a message, and harms nobody else."""
-
-    def __init__(self, code: grpc.StatusCode, message: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.code, self.message, self.retry_after_s = code, message, retry_after_s
-
-
-def invalid(message: str) -> Refusal:
-    """Return a refusal of a message that can never be right."""
-    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
 @dataclass(frozen=True)
@@ -65,8 +54,12 @@ class Session:
     last_number: int = -1
     outbox: Outbox = field(default_factory=Outbox)
     dropped_at: float | None = None  # when the stream was lost, None while connected
+    opened_at: float = field(default_factory=time.monotonic)
     heard_at: float = field(default_factory=time.monotonic)  # when the edge last said something
-    cut_off: Callable[[str], object] = lambda _: None  # ends the stream, for the reason given
+    claim: int = 0  # blocks that are there for it whenever it asks, see `cloud_server.admission`
+    claim_lapses: bool = False  # between two answers: its edge says anew what each needs
+    may_take: Callable[["Session", int], bool] = lambda *_: True  # so many blocks more, once room is made
+    cut_off: Callable[[str | Refusal], object] = lambda _: None  # ends the stream, for the reason given
     caller: Caller = ANONYMOUS  # whose it is; nobody else may resume it
     allowance: "Allowance | None" = None  # what that identity may use; None is anything
     make_own_room: Callable[[], bool] = lambda: False  # frees something of this identity's only
@@ -103,7 +96,9 @@ class Session:
         known = {answer.layer: self._residual(answer, tokens) for answer in message.residual_codes}
         if self.allowance is not None:
             self.allowance.spend(tokens)
-        self._cancel(overwritten)
+        self.last_number = message.step  # from here on it has begun: an edge that comes back is told so
+        if overwritten:
+            self._cancel(overwritten, {} if message.parents else self._ends(spans))
         if message.parents:
             self._rearrange(message.parents)
         while len(self.rows) <= max(span.row for span in spans):
@@ -112,7 +107,7 @@ class Session:
         for span in spans:
             row = self.rows[span.row]
             if span.start < row.length:
-                self.engine.cache.crop(row, span.start)
+                self.engine.cache.crop(row, span.start, span.start + span.count)
             self._reserve(row, span.start, span.start + span.count)
             row_spans.append(RowSpan(row, span.start, span.count, span.keep))
         for taken in row_spans:
@@ -125,10 +120,11 @@ class Session:
             on_codes=self._send_codes,
             on_done=self._send_hidden,
             owner=self,
+            on_failed=self._failed,
+            payer=self.caller.name,
             before=next(reversed(self.steps.values()), None),
             residual_codes=known,
         )
-        self.last_number = message.step
         self.steps[step.number] = step
         self.engine.submit(step)
 
@@ -162,6 +158,17 @@ class Session:
                 )
             answers[answer.layer] = self._residual(answer, step.tokens)
         self.engine.answer(step, answers)
+
+    def silent_since(self) -> float | None:
+        """Return since when the edge owes an answer and says nothing (monotonic); None if it owes none."""
+        asked = [
+            step.emitted_at
+            for step in self.steps.values()
+            if step.emitted >= 0
+            and (owner := self.plan.owner_of(step.layer)) is not None
+            and owner not in step.residual_codes
+        ]
+        return max(self.heard_at, max(asked)) if asked else None
 
     def row_lengths(self) -> list[int]:
         """Return the positions that each row really holds."""
@@ -231,12 +238,14 @@ class Session:
                 raise Refusal(
                     grpc.StatusCode.FAILED_PRECONDITION,
                     f"position gap: row {span.row} holds {length} positions, the step starts at {span.start}",
+                    reason="gap",
                 )
             if span.start + span.count > self.limits.max_context_tokens:
                 raise Refusal(
                     grpc.StatusCode.OUT_OF_RANGE,
                     f"row {span.row} would hold {span.start + span.count} positions; the context ends at "
                     f"{self.limits.max_context_tokens}",
+                    reason="context",
                 )
 
     def _old_row(self, index: int, parents: Sequence[int]) -> Row | None:
@@ -258,6 +267,8 @@ class Session:
         except wire.WireError as error:
             raise invalid(str(error)) from None
         backbone = self.engine.backbone
+        if tensor.dtype == backbone.dtype and backbone.device.type == "cpu":  # torch's calls let others in
+            return tensor
         return tensor.to(device=backbone.device, dtype=backbone.dtype)
 
     def _residual(self, answer: pb.LayerCodes, tokens: int) -> Tensor:
@@ -275,21 +286,35 @@ class Session:
                 return [later for n, later in self.steps.items() if n >= number]
         return []
 
-    def _cancel(self, steps: list[Step]) -> None:
-        """Drop steps, and the positions that they would have written."""
+    def _ends(self, spans: list[pb.Span]) -> dict[int, int]:
+        """Return up to where (positions) a step writes to rows that there are, by the row's ``id``."""
+        return {id(self.rows[s.row]): s.start + s.count for s in spans if s.row < len(self.rows)}
+
+    def _cancel(self, steps: list[Step], ends: Mapping[int, int] = MappingProxyType({})) -> None:
+        """Drop steps and the positions that they would have written; blocks up to ``ends`` stay the row's."""
         for step in steps:
             self.engine.cancel(step)
             self.steps.pop(step.number, None)
             for span in step.spans:
-                self.engine.cache.crop(span.row, min(span.row.length, span.start))
+                row = span.row
+                self.engine.cache.crop(row, min(row.length, span.start), ends.get(id(row), 0))
 
     def _reserve(self, row: Row, start: int, end: int) -> None:
         cache, allowance = self.engine.cache, self.allowance
-        while allowance is not None and allowance.lacks_kv(
-            cache.blocks_needed(row, start, end), cache.block_bytes
-        ):
+        needed = cache.blocks_needed(row, start, end)
+        if needed == 0:
+            return
+        while allowance is not None and allowance.lacks_kv(needed, cache.block_bytes):
             if not self.make_own_room():
                 raise allowance.kv_refusal()
+        if not self.may_take(self, needed):
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "the KV cache is full: the rest is claimed by others, and this session needs more than "
+                "it said; open one that claims as much, or try again later",
+                retry_after_s=1.0,
+                reason="kv",
+            )
         while True:
             try:
                 return cache.reserve(row, start, end)
@@ -299,6 +324,7 @@ class Session:
                         grpc.StatusCode.RESOURCE_EXHAUSTED,
                         f"the KV cache is full ({error}); try again later",
                         retry_after_s=1.0,
+                        reason="kv",
                     ) from None
 
     def _rearrange(self, parents: Iterable[int]) -> None:
@@ -311,6 +337,11 @@ class Session:
             if index not in used:
                 self.engine.cache.free(row)
         self.rows = new
+
+    def _failed(self, step: Step, error: Exception) -> None:
+        """End the stream: a step of it could not be run for want of memory."""
+        self.steps.pop(step.number, None)
+        self.cut_off(no_memory("this step"))
 
     def _send_codes(self, step: Step, layer: int, codes: Tensor) -> None:
         message = pb.DecodeResponse()

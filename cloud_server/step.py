@@ -42,6 +42,8 @@ class Step:
     on_codes: Callable[["Step", int, Tensor], None]
     on_done: Callable[["Step", Tensor], None]
     owner: object = field(default_factory=object)  # the session that it is a step of
+    on_failed: Callable[["Step", Exception], object] = lambda *_: None  # it cannot be run, and is gone
+    payer: str = ""  # the identity whose turn it counts as
     before: "Step | None" = None  # the session's previous step: its keys and values must be there first
     layer: int = 0
     offset: int = 0
@@ -57,27 +59,21 @@ class Step:
     ready_since: float = 0.0
     serial: int = field(default_factory=count().__next__)  # unlike any other step's, in any session
     positions: Tensor = field(init=False)  # (tokens,)
+    tokens: int = field(init=False)  # new positions of all rows together
+    longest: int = field(init=False)  # of the longest row: 1 for a decoded token, however many beams
+    end: int = field(init=False)  # one past the cloud's last layer
 
     def __post_init__(self) -> None:
-        """Lay the spans' positions end to end."""
+        """Lay the spans' positions end to end; note what is asked for several times an exchange."""
         ranges = [torch.arange(s.start, s.start + s.count) for s in self.spans]
         self.positions = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
-        self.layer = self.plan.cloud_layers.start
-
-    @property
-    def tokens(self) -> int:
-        """New positions of all rows together."""
-        return self.hidden.shape[0]
-
-    @property
-    def longest(self) -> int:
-        """New positions of the longest row: 1 for a decoded token, however many beams."""
-        return max(span.count for span in self.spans)
+        self.layer, self.end = self.plan.cloud_layers.start, self.plan.cloud_layers.stop
+        self.tokens, self.longest = len(self.hidden), max(span.count for span in self.spans)
 
     @property
     def finished(self) -> bool:
         """Whether every layer of the cloud has run."""
-        return self.layer >= self.plan.cloud_layers.stop
+        return self.layer >= self.end
 
     def kept_hidden(self) -> Tensor:
         """Return the hidden states that the edge asked for: ``(sum of keep, hidden_size)``."""

@@ -1,19 +1,23 @@
 """What every stream of the service needs: messages from bytes, refusals as statuses, traffic counted."""
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from cloud_server.session import Refusal, invalid
+from cloud_server.logs import Field, event
+from cloud_server.metrics import REFUSALS
+from cloud_server.refusal import Refusal, invalid
 from shared.wire import FRAME_BYTES
 
 # gRPC ends the requests of a broken stream like those of a closed one, and cancels the handler just after.
 BROKEN_NOTICE_S = 0.01
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 M = TypeVar("M", bound=Message)
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,16 +75,28 @@ async def first(kind: type[M], context: Context, traffic: Traffic, patience_s: f
         return await asyncio.wait_for(read(kind, context, traffic), patience_s)
     except asyncio.TimeoutError:  # not the built-in one before Python 3.11
         raise Refusal(
-            grpc.StatusCode.DEADLINE_EXCEEDED, f"no first message within {patience_s:g} seconds"
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            f"no first message within {patience_s:g} seconds",
+            reason="silent",
         ) from None
 
 
 async def abort(context: Context, refusal: Refusal) -> None:
     """End a stream with the refusal's status; does not return."""
+    REFUSALS.labels(refusal.code.name, refusal.reason).inc()
     trailers = []
     if refusal.retry_after_s is not None:
         trailers.append(("retry-after-ms", str(int(refusal.retry_after_s * 1000))))
+    if refusal.successor is not None:
+        trailers.append(("privatelora-successor", refusal.successor))
     await context.abort(refusal.code, refusal.message, trailing_metadata=tuple(trailers))
+
+
+def log_refusal(what: str, refusal: Refusal, **fields: Field) -> None:
+    """Log that a stream of some kind (session, tuning ...) is refused or cut off; call it before `abort`."""
+    status, message = refusal.code.name, refusal.message
+    fields |= {"status": status, "reason": refusal.reason, "retry_after_s": refusal.retry_after_s}
+    event(log, f"{what}_refused", f"{what} refused: {status}: {message}", **fields)
 
 
 async def begin(context: Context) -> None:

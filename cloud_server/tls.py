@@ -88,10 +88,14 @@ def _check_pair(chain: bytes, cert: Path, secret: bytes, key: Path) -> None:
         own = serialization.load_pem_private_key(secret, None).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):  # the second if it is encrypted
         raise TlsError(f"{key} holds no private key in PEM, or an encrypted one") from None
-    if own != first.public_key():
+    try:  # a certificate is looked into only when it is asked
+        theirs, until = first.public_key(), first.not_valid_after_utc
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
+        raise TlsError(f"the certificate in {cert} is damaged") from None
+    if own != theirs:
         raise TlsError(f"the key in {key} is not that of the certificate in {cert}")
-    if first.not_valid_after_utc < datetime.now(timezone.utc):
-        raise TlsError(f"the certificate in {cert} expired on {first.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+    if until < datetime.now(timezone.utc):
+        raise TlsError(f"the certificate in {cert} expired on {until:%Y-%m-%d %H:%M} UTC")
     if key.stat().st_mode & stat.S_IROTH:
         log.warning("everybody on this machine may read the private key: chmod 600 %s", key)
 
@@ -99,7 +103,7 @@ def _check_pair(chain: bytes, cert: Path, secret: bytes, key: Path) -> None:
 def _certificates(raw: bytes, path: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(raw)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):  # the second is no ValueError
         raise TlsError(f"{path} holds no certificate in PEM") from None
 
 

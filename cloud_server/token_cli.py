@@ -1,6 +1,7 @@
 """``privatelora-cloud token``: who may use a cloud. Imports no torch."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make, list and revoke the tokens by which edges are let in.", no_args_is_help=True)
+from shared.help_text import Commands
+
+app = typer.Typer(
+    cls=Commands, help="Make, list and revoke the tokens by which edges are let in.", no_args_is_help=True
+)
 
 TokensFile = Annotated[
     Path,
@@ -45,7 +50,13 @@ def add(
             print(f"the token of {name}; it cannot be shown again", file=sys.stderr)
             return
         # Never over another token, and open to its owner only from the first byte on.
-        with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        try:
+            number = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{out} exists already: remove it (rm {shlex.quote(str(out))}), or give another --out"
+            ) from None
+        with open(number, "w") as file:
             try:
                 token = add_token(tokens, name)
             except BaseException:
@@ -56,6 +67,7 @@ def add(
             except OSError:  # a token that nobody has seen is of no use
                 revoke_token(tokens, name)
                 raise
+        print(f"wrote the token of {name} to {out}", file=sys.stderr)
 
 
 @app.command("list")

@@ -127,8 +127,10 @@ class TokenBook:
         document, status = _read(path)
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise TokenFileError(f"others may write to {path}, and so let themselves in: chmod 600 {path}")
-        self._known = _digests(document)
+        # Digests are found by what only this process can compute: how long that takes tells nothing of them.
+        self._secret = secrets.token_bytes(32)
         self._state: tuple[int, ...] | None = _state(status)
+        self._learn(_digests(document))
 
     def refresh(self) -> None:
         """Read the file again if it has changed."""
@@ -137,7 +139,8 @@ class TokenBook:
         except FileNotFoundError:
             if self._known:
                 log.error("the token file %s is gone: nobody is let in", self.path)
-            self._known, self._state = {}, None
+            self._learn({})
+            self._state = None
             return
         except OSError:
             return self._keep(())
@@ -147,21 +150,32 @@ class TokenBook:
             document, status = _read(self.path)
         except TokenFileError:
             return self._keep(state)
-        self._known, self._state = _digests(document), _state(status)
+        self._learn(_digests(document))
+        self._state = _state(status)
         log.info("read %s again: %d tokens", self.path, len(self._known))
 
     def identity(self, token: str) -> tuple[str, bytes] | None:
-        """Return name and digest of a token, None if it is not known (any more)."""
+        """Return name and digest of a token, None if it is not known (any more).
+
+        Takes as long for a wrong token as for a right one, and however many are known: it runs where
+        everybody is served.
+        """
         self.refresh()
-        shown, found = digest(token), None
-        for name, known in self._known.items():  # all of them: the time taken tells nothing
-            if hmac.compare_digest(known, shown):
-                found = name
-        return None if found is None else (found, shown)
+        shown = digest(token)
+        name = self._by_digest.get(self._blind(shown), "")
+        is_known = hmac.compare_digest(self._known.get(name, bytes(len(shown))), shown)
+        return (name, shown) if name and is_known else None
 
     def holds(self, name: str, shown: bytes) -> bool:
         """Whether that name still has that token."""
         return name in self._known and hmac.compare_digest(self._known[name], shown)
+
+    def _learn(self, known: dict[str, bytes]) -> None:
+        self._known = known
+        self._by_digest = {self._blind(held): name for name, held in known.items()}
+
+    def _blind(self, shown: bytes) -> bytes:
+        return hashlib.blake2b(shown, key=self._secret, digest_size=16).digest()
 
     def _keep(self, state: tuple[int, ...]) -> None:
         if state != self._state:  # say it once

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import grpc
 from torch import Tensor
 
-from cloud_server.session import Refusal
+from cloud_server.refusal import Refusal
+from cloud_server.releases import Releases
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
@@ -18,6 +19,7 @@ class Budget:
 
     def __init__(self, total: int) -> None:
         self.total, self.used = total, 0
+        self.released = Releases()
         self._freed = asyncio.Event()
 
     async def take(self, count: int, patience_s: float) -> None:
@@ -38,13 +40,15 @@ class Budget:
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"other tuning batches hold {self.used / 2**20:.0f} of {self.total / 2**20:.0f} MiB; "
                     "try again later",
-                    retry_after_s=1.0,
+                    retry_after_s=self.released.hint_s(count),
+                    reason="tuning_memory",
                 ) from None
         self.used += count
 
     def give_back(self, count: int) -> None:
         """Give bytes back."""
         self.used -= count
+        self.released.note(count)
         self._freed.set()
 
 
@@ -67,6 +71,11 @@ class TuneOutbox:
         self._waiting: deque[Rows | pb.TuneResponse] = deque()
         self._elements = 0
         self._filled, self._taken = asyncio.Event(), asyncio.Event()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything was taken to be sent."""
+        return not self._waiting
 
     async def has_room(self) -> None:
         """Wait while more than ``most`` elements lie here: more than an edge that reads ever leaves."""

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cloud_server.config import TuningConfig
+from cloud_server.config.tuning import TuningConfig
+from cloud_server.metrics import TUNED
 from cloud_server.tune_piece import Stage
 from cloud_server.tuning import TuneBatch
+from cloud_server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Job:
     on_done: Callable[[], object]
     on_failed: Callable[[Exception], object]
     on_freed: Callable[[], object]  # its memory is given back
+    payer: str = ""  # the identity whose turn it counts as
     is_running: bool = False
     is_cancelled: bool = False
     outgoing: list[tuple[str, int, int, Tensor]] = field(default_factory=list)
@@ -53,6 +56,8 @@ class TuneQueue:
         self.config, self.slice_s, self.wake = config, slice_s, wake
         self._jobs: deque[Job] = deque()  # whose turn it is comes first
         self._cost: dict[Stage, float] = {}  # seconds a token, learned
+        self._turns = Turns()  # by seconds
+        self.tokens = 0  # of batches that ended in order
         self._ended = self._took = 0.0  # the last slice: when it ended (monotonic) and how long it took
 
     def add(self, job: Job) -> None:
@@ -60,10 +65,14 @@ class TuneQueue:
         self._jobs.append(job)
         self.wake()
 
-    def remove(self, job: Job) -> None:
-        """Take a batch out, at any time, and free what it holds: at once, or when its unit has ended."""
+    def remove(self, job: Job, outcome: str = "left") -> None:
+        """Take a batch out, at any time, and free what it holds: at once, or when its unit has ended.
+
+        ``outcome`` is a word that metrics have for why.
+        """
         if job.is_cancelled:
             return
+        TUNED.labels(outcome).inc()
         job.is_cancelled = True
         if job in self._jobs:
             self._jobs.remove(job)
@@ -89,9 +98,10 @@ class TuneQueue:
 
     async def run_one(self, executor: Executor) -> None:
         """Run units of the next batch for one slice, at least one, beside the event loop."""
-        job = next((job for job in self._jobs if job.batch.next() is not None), None)
-        if job is None:
+        ready = [job for job in self._jobs if job.batch.next() is not None]
+        if not ready:
             return
+        job = self._turns.order(ready, lambda job: job.payer)[0]
         self._jobs.remove(job)
         self._jobs.append(job)  # the others come first next time
         loop = asyncio.get_running_loop()
@@ -105,16 +115,18 @@ class TuneQueue:
             await loop.run_in_executor(executor, self._run, job)
         except Exception as error:  # one batch that fails, for want of memory say, must not end the engine
             log.exception("a tuning batch failed")
-            self.remove(job)
+            self.remove(job, "failed")
             job.on_failed(error)
         finally:
             job.is_running = False
             self._ended = time.monotonic()
             self._took = self._ended - started
+            self._turns.charge(job.payer, self._took)
         if job.is_cancelled:
             self._free(job)
         elif job.batch.finished:
-            self.remove(job)
+            self.tokens += job.batch.tokens
+            self.remove(job, "done")
             job.on_done()
 
     def _deliver(self, job: Job, name: str, layer: int, first: int, rows: Tensor) -> None:

@@ -11,11 +11,15 @@ import grpc
 
 from cloud_server.allowance import Allowance, Allowances
 from cloud_server.caller import caller
-from cloud_server.config import CloudConfig
+from cloud_server.config.cloud import CloudConfig
+from cloud_server.drain import Drain
 from cloud_server.engine import Engine
 from cloud_server.handshake import Offer, agreed
-from cloud_server.session import Refusal, invalid
-from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, first, read
+from cloud_server.logs import event
+from cloud_server.memory import is_out_of_memory
+from cloud_server.refusal import Refusal, invalid
+from cloud_server.releases import Releases
+from cloud_server.streams import BROKEN_NOTICE_S, Context, Traffic, abort, begin, first, log_refusal, read
 from cloud_server.tune_outbox import Budget
 from cloud_server.tune_queue import TuneQueue
 from cloud_server.tune_session import (
@@ -25,6 +29,7 @@ from cloud_server.tune_session import (
     gradients_underflow,
     most_tokens,
 )
+from cloud_server.tuning import TuneBatch
 from cloud_server.tuning_memory import tuning_bytes
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -43,14 +48,16 @@ class TuneService:
         config: CloudConfig,
         engine: Engine,
         offers: Mapping[bytes, Offer],
-        traffic: Traffic,
         allowances: Allowances,
+        drain: Drain,
     ) -> None:
-        self.config, self.engine, self.offers, self.traffic = config, engine, offers, traffic
-        self.allowances = allowances
+        self.config, self.engine, self.offers, self.allowances = config, engine, offers, allowances
+        self.drain, self.traffic, self.released = drain, Traffic(), Releases()
         self.queue = TuneQueue(config.tuning, config.engine.slice_s, engine.wake)
         self.budget = Budget(config.tuning.max_bytes)
         self.sessions: dict[TuneSession, Allowance] = {}  # and whose
+        self.make_batch: Callable[..., TuneBatch] = TuneBatch  # another kind where several ranks tune
+        self._known_limits: dict[str, TuneLimits] = {}  # by the plan's name
         engine.background = self.queue
 
     async def tune(self, _: AsyncIterator[bytes], context: Context) -> None:
@@ -70,6 +77,7 @@ class TuneService:
                 await first(pb.TuneRequest, context, self.traffic, self.config.write_timeout_s)
             )
             await begin(context)
+            session.cut_off = cut_off
             session.on_failed = lambda error: cut_off(_failure(error))
             for work in (self._write(session, context, cut_off), self._watch(session, cut_off)):
                 helper = asyncio.create_task(work)
@@ -77,13 +85,19 @@ class TuneService:
                 helpers.append(helper)
             await self._listen(session, context)
         except Refusal as refusal:
-            log.info("tuning refused: %s: %s", refusal.code.name, refusal.message)
+            log_refusal("tuning", refusal)
             await abort(context, refusal)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = _failure(error)
+            log_refusal("tuning", lacking)
+            await abort(context, lacking)
         except asyncio.CancelledError:
             if farewell is None or session is None:
                 raise
             self._leave(session)  # before the farewell, which may wait for the edge too
-            log.info("tuning refused: %s", farewell.message)
+            log_refusal("tuning", farewell)
             with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
                 await asyncio.wait_for(abort(context, farewell), self.config.write_timeout_s)
             raise
@@ -105,6 +119,7 @@ class TuneService:
             kind = message.WhichOneof("message")
             if kind == "batch":
                 await allowance.pause()
+                self.drain.check()
                 session.touched_at = time.monotonic()
                 await session.begin(message.batch, allowance)
             elif kind in PARTS:
@@ -118,6 +133,7 @@ class TuneService:
         """Compare what both sides stand on, before any activation is sent."""
         if message is None or not message.HasField("open"):
             raise invalid("the first message must be open: protocol version, fingerprint and wire dtype")
+        self.drain.check()
         config, request = self.config.tuning, message.open
         plan, wire_dtype = agreed(self.offers, request).plan, _agreed_dtype(request)
         if gradients_underflow(self.engine.backbone.dtype):
@@ -125,27 +141,34 @@ class TuneService:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "this cloud computes in float16, in which gradients underflow; tune at one that computes in "
                 "bfloat16 or float32",
+                reason="dtype",
             )
         if len(self.sessions) >= config.max_streams:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"all {config.max_streams} tuning streams are taken; try again later",
-                retry_after_s=1.0,
+                retry_after_s=self.released.hint_s(),
+                reason="tuning_streams",
             )
         allowance = self.allowances.of(caller().name)
         allowance.admit_tuning()
         session = TuneSession(
             plan=plan,
             wire_dtype=wire_dtype,
-            limits=self._limits(plan),
+            limits=self._limits_of(plan),
             backbone=self.engine.backbone,
             queue=self.queue,
             budget=self.budget,
             config=config,
             patience_s=self.config.write_timeout_s,
+            payer=caller().name,
+            make_batch=self.make_batch,
         )
         self.sessions[session] = allowance
         allowance.tuning_streams += 1
+        who, streams = caller().name, len(self.sessions)
+        words = f"tuning of {who or 'somebody'} opened (plan {plan.name})"
+        event(log, "tuning_opened", words, identity=who, plan=plan.name, streams=streams)
         opened = pb.TuneOpened(
             max_batch_tokens=session.limits.max_batch_tokens,
             max_sequence_tokens=session.limits.max_sequence_tokens,
@@ -153,6 +176,12 @@ class TuneService:
         )
         session.outbox.put(pb.TuneResponse(opened=opened))
         return session
+
+    def _limits_of(self, plan: Plan) -> TuneLimits:
+        """Return `_limits`, found once: they take some milliseconds, for which everybody would wait."""
+        if plan.name not in self._known_limits:
+            self._known_limits[plan.name] = self._limits(plan)
+        return self._known_limits[plan.name]
 
     def _limits(self, plan: Plan) -> TuneLimits:
         """Return bounds that fit the model and the memory.
@@ -167,6 +196,9 @@ class TuneService:
             self.config.max_context_tokens or backbone.geometry.max_positions, backbone.geometry.max_positions
         )
 
+        own = self.config.per_identity.max_tuning_bytes
+        most_bytes = config.max_bytes if own is None else min(own, config.max_bytes)
+
         def fits(tokens: int) -> bool:
             size = tuning_bytes(
                 backbone.geometry,
@@ -177,19 +209,25 @@ class TuneService:
                 longest=min(tokens, context),
                 piece_tokens=config.piece_tokens,
             )
-            return size <= config.max_bytes
+            return size <= most_bytes
 
         batch = most_tokens(fits, MOST_BATCH_TOKENS)
         if batch == 0:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "this cloud has no memory for tuning; its operator may raise tuning.max_bytes",
+                reason="tuning_memory",
             )
         return TuneLimits(max_batch_tokens=batch, max_sequence_tokens=min(context, batch))
 
     def _leave(self, session: TuneSession) -> None:
         if (allowance := self.sessions.pop(session, None)) is not None:
             allowance.tuning_streams -= 1
+            for freed in (allowance.released, self.released):
+                freed.note()
+            who, plan, streams = session.payer, session.plan.name, len(self.sessions)
+            words = f"tuning of {who or 'somebody'} closed (plan {plan})"
+            event(log, "tuning_closed", words, identity=who, plan=plan, streams=streams)
         session.close()
 
     async def _write(
@@ -200,6 +238,7 @@ class TuneService:
         late = Refusal(
             grpc.StatusCode.DEADLINE_EXCEEDED,
             f"the edge read nothing for {patience:g} seconds and was cut off; send the batch again",
+            reason="cut_off",
         )
         while True:
             raw = (await session.outbox.get()).SerializeToString()
@@ -222,6 +261,7 @@ class TuneService:
                         grpc.StatusCode.DEADLINE_EXCEEDED,
                         f"the edge said nothing for {patience:g} seconds and was cut off; "
                         "send the batch again",
+                        reason="cut_off",
                     )
                 )
                 return
@@ -229,10 +269,11 @@ class TuneService:
 
 def _failure(error: Exception) -> Refusal:
     """Return what an edge is told of a batch that failed here."""
-    if isinstance(error, MemoryError) or "memory" in str(error):
+    if is_out_of_memory(error):
         message = "the cloud ran out of memory over this batch; send a smaller one"
-        return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
-    return Refusal(grpc.StatusCode.INTERNAL, "the cloud failed over this batch; its log says why")
+        return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason="memory")
+    message = "the cloud failed over this batch; its log says why"
+    return Refusal(grpc.StatusCode.INTERNAL, message, reason="fault")
 
 
 def _agreed_dtype(request: pb.TuneOpen) -> "pb.Dtype.ValueType":

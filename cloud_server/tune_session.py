@@ -16,8 +16,8 @@ from torch import Tensor
 from cloud_server.allowance import Allowance
 from cloud_server.arena import Arena
 from cloud_server.backbone import Backbone
-from cloud_server.config import TuningConfig
-from cloud_server.session import Refusal, invalid
+from cloud_server.config.tuning import TuningConfig
+from cloud_server.refusal import Refusal, invalid
 from cloud_server.tune_outbox import Budget, Rows, TuneOutbox
 from cloud_server.tune_queue import Job, TuneQueue
 from cloud_server.tuning import TuneBatch
@@ -62,7 +62,10 @@ class TuneSession:
     budget: Budget
     config: TuningConfig
     patience_s: float  # how long a batch may wait for memory
+    payer: str = ""  # the identity whose turn its batches count as
+    make_batch: Callable[..., TuneBatch] = TuneBatch
     on_failed: Callable[[Exception], object] = lambda _: None
+    cut_off: Callable[[Refusal], object] = lambda _: None  # ends the stream
     last_number: int = -1
     current: Current | None = None
     waits_for_memory: bool = False
@@ -107,16 +110,28 @@ class TuneSession:
                 f"a batch of {tokens} tokens takes {size / 2**20:.0f} MiB here, more than the "
                 f"{self.budget.total / 2**20:.0f} MiB that there are; send at most "
                 f"{self.limits.max_batch_tokens} tokens",
+                reason="tuning_memory",
             )
         if allowance is not None:
             allowance.spend(tokens)
+            allowance.take_tuning(size)
+
+        def freed() -> None:
+            self.budget.give_back(size)
+            if allowance is not None:
+                allowance.tuning_bytes -= size
+
         self.waits_for_memory = True
         try:
             await self.budget.take(size, self.patience_s)
+        except BaseException:
+            if allowance is not None:
+                allowance.tuning_bytes -= size
+            raise
         finally:
             self.waits_for_memory = False
         try:
-            batch = TuneBatch(
+            batch = self.make_batch(
                 self.backbone,
                 self.plan,
                 lengths,
@@ -127,9 +142,9 @@ class TuneSession:
                 arena=self._arena(lengths, message.forward_only),
             )
         except BaseException:  # no memory after all: what was set aside for the batch is not lost with it
-            self.budget.give_back(size)
+            freed()
             raise
-        job = Job(batch, self._send, self._done, self._failed, lambda: self.budget.give_back(size))
+        job = Job(batch, self._send, self._done, self._failed, freed, self.payer)
         widest = max(self.plan.hidden_size, self.plan.codes_width, self.plan.residual_width)
         self.outbox.most = 2 * tokens * widest
         self.last_number = message.batch
@@ -209,6 +224,7 @@ class TuneSession:
             raise Refusal(
                 grpc.StatusCode.OUT_OF_RANGE,
                 f"a sequence of {max(lengths)} tokens; the context ends at {limits.max_sequence_tokens}",
+                reason="context",
             )
         return lengths
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edge_client.flags import AsJson, Debug, one_line_errors
+from shared.help_text import Commands
 
 if TYPE_CHECKING:
     from edge_client.adapters import Entry
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 SHORT_DIGITS = 12  # of a fingerprint: enough to tell two apart at a glance
 
 app = typer.Typer(
+    cls=Commands,
     help="Your adapters: files of personal weights, each under a name, one of them in use.",
     no_args_is_help=True,
 )
@@ -139,23 +141,24 @@ def _facts(entry: "Entry", used: str | None, *, everything: bool = False) -> dic
 
 def _print_table(facts: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
+
+    from edge_client.tables import Columns, print_rows
 
     console = Console(highlight=False, markup=False)
-    folded = (Column(title, overflow="fold") for title in ("name", "made", "base model", "plan"))
-    # A narrow terminal folds names, but a fingerprint that is cut short cannot be compared.
-    table = Table("", *folded, Column("fingerprint", no_wrap=True), Column("size", no_wrap=True))
-    broken = []
+    # Names are there to be copied and fingerprints to be compared: neither is cut short or folded.
+    columns = Columns(("", "name", "made", "base model", "plan", "fingerprint", "size"), keys=2, right=False)
+    rows, broken = [], []
     for entry in facts:
         mark, name, size = "*" if entry["in_use"] else "", _shown(entry["name"]), _size(entry["size_bytes"])
         if "problem" in entry:
-            table.add_row(mark, name, "unusable", "", "", "", size)
+            rows.append((mark, name, "unusable", "", "", "", size))
             broken.append(f"{name}: {_shown(entry['problem'])}")
         else:
             made = entry["created"].replace("T", " ")[:16]
             short = entry["fingerprint"][:SHORT_DIGITS]
-            table.add_row(mark, name, made, _shown(entry["backbone"]), entry["plan"], short, size)
-    console.print(table)
+            backbone, plan = _shown(entry["backbone"]), _shown(entry["plan"])
+            rows.append((mark, name, made, backbone, plan, short, size))
+    print_rows(console, columns, rows)
     for line in broken:
         console.print(line, soft_wrap=True)
     if any(entry["in_use"] for entry in facts):

@@ -96,10 +96,12 @@ def answer(
     if config.seed is not None:
         torch.manual_seed(config.seed)
     interrupted = False
+    ids = torch.tensor([prompt], device=model.device)
     meter.start()
     try:
         model.generate(
-            torch.tensor([prompt], device=model.device),
+            ids,
+            attention_mask=torch.ones_like(ids),  # or a pad token that stands in the text would be left out
             streamer=stream,
             max_new_tokens=min(config.max_new_tokens, room),
             drafter=drafter,

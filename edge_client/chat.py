@@ -116,7 +116,7 @@ class Chat:
         elif name == "/reset":
             self.reset()
             self._say("a new conversation")
-        elif name == "/drop" and (argument.isdigit() or not argument):
+        elif name == "/drop" and (argument.isdecimal() or not argument):
             count = self.drop(int(argument or 1))
             self._say(f"{count} {'turn' if count == 1 else 'turns'} forgotten, {self.turns} left")
         elif name == "/adapter" and argument:

@@ -5,6 +5,7 @@ import os
 # Before torch: spinning OpenMP threads would steal the cores that gRPC needs between exchanges.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else it tells a person of every connection that ends
 
 import json
 import sys
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edge_client.adapter_cli import app as adapter_app
+from edge_client.doctor_cli import doctor
 from edge_client.flags import (
     AcceptNew,
     AdapterName,
+    AllowRedirect,
     AsJson,
     CacheDir,
     ClientCert,
@@ -50,6 +53,8 @@ from edge_client.plain import printable
 from edge_client.plan_cli import plan
 from edge_client.rank_cli import rank
 from edge_client.tune_cli import tune
+from shared.complaint import in_words
+from shared.help_text import Commands
 from shared.version import ShowVersion
 
 if TYPE_CHECKING:
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from edge_client.model import PrivateLoraForCausalLM
 
 app = typer.Typer(
+    cls=Commands,
     help="Use a language model whose layers run in a cloud. Your text, its tokens and your personal weights "
     "stay on this machine; hidden states and low-rank codes cross the wire. These can be decoded: a cloud "
     "that wants to can read your text from them (see the project's threat model).\n\n"
@@ -101,6 +107,7 @@ def info(
 @app.command()
 def generate(
     cloud: Cloud = None,
+    allow_redirect: AllowRedirect = None,
     tls: Tls = None,
     tls_ca: TlsCa = None,
     token_file: TokenFile = None,
@@ -159,6 +166,7 @@ def generate(
 @app.command()
 def chat(
     cloud: Cloud = None,
+    allow_redirect: AllowRedirect = None,
     tls: Tls = None,
     tls_ca: TlsCa = None,
     token_file: TokenFile = None,
@@ -206,13 +214,14 @@ def chat(
                 except (ValueError, OSError, RuntimeError) as error:
                     if debug:
                         raise
-                    _write(f"\nerror: {printable(str(error))}\n")
+                    _write(f"\nerror: {printable(in_words(error))}\n")
 
 
 # After the commands above, so that help lists them first. Imports torch only when a command needs it.
 app.command()(tune)
 app.command()(plan)
 app.command()(rank)
+app.command()(doctor)
 app.add_typer(adapter_app, name="adapter")
 
 
@@ -260,7 +269,7 @@ def _tokens(model: "PrivateLoraForCausalLM", text: str, settings: "EdgeConfig", 
 
 
 def _stdin() -> str:
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None: it was closed before this program began
         raise ValueError("no prompt: give --prompt TEXT, or pipe the text in")
     return sys.stdin.read()
 
@@ -279,6 +288,8 @@ def _read_line() -> str | None:
             return None
         except KeyboardInterrupt:
             _write("\n(Ctrl-D or /quit ends the chat)\n")
+        except UnicodeDecodeError as error:  # pasted from elsewhere; the conversation is worth more
+            _write(f"\nthat was no {error.encoding} text, and was not sent\n")
 
 
 def _ask(question: str) -> bool:

@@ -192,7 +192,24 @@ class CloudCache(Cache):
         longest = max(len(row.tokens) for row in rows)
         if longest > self.max_tokens:
             raise ContextLengthError(longest, self.max_tokens)
-        if self._held is None or self._held.broken:
+        try:
+            places, kept = self._run(rows, keep)
+        except ConnectionError as error:
+            if self.pool.recovery is None:
+                raise
+            places, kept = self.pool.recovery.again(error, lambda: self._held, lambda: self._run(rows, keep))
+        self.rows = [
+            replace(row, origin=places[i], shared=len(row.tokens)) if i in places else row
+            for i, row in enumerate(rows)
+        ]
+        found: list[Tensor | None] = []
+        for index, count in enumerate(keep):
+            found.append(kept[places[index]][-count:] if count else None)
+        return found
+
+    def _run(self, rows: Sequence[Row], keep: Sequence[int]) -> tuple[dict[int, int], list[Tensor]]:
+        """Make the session hold the rows; return where each of them is, and hL of what is kept of each."""
+        if self._held is None or self._held.broken or self._held.resumed:
             wanted, places = self._place(rows, keep)
         else:
             wanted, places = [], {}
@@ -206,19 +223,14 @@ class CloudCache(Cache):
                 f"{len(wanted)} rows (batch entries times beams) in one call; this cloud holds at most "
                 f"{self.max_rows} in a session. Use smaller batches or fewer beams"
             )
-        kept = self._held.run(wanted, self.embed) if self._held is not None else []
-        self.rows = [
-            replace(row, origin=places[i], shared=len(row.tokens)) if i in places else row
-            for i, row in enumerate(rows)
-        ]
-        found: list[Tensor | None] = []
-        for index, count in enumerate(keep):
-            found.append(kept[places[index]][-count:] if count else None)
-        return found
+        return places, self._held.run(wanted, self.embed) if self._held is not None else []
 
     def _place(self, rows: Sequence[Row], keep: Sequence[int]) -> tuple[list[Wanted], dict[int, int]]:
-        """Take a session and lay the rows out on it, equal rows (beams of one prompt) only once."""
-        if self._held is not None:
+        """Lay the rows out on a session, equal rows (beams of one prompt) only once.
+
+        The session is a new one, unless the present one was picked up again and may hold most of them.
+        """
+        if self._held is not None and not (self._held.resumed and not self._held.broken):
             self.detach()
         keeps: dict[tuple[int, ...], int] = {}  # insertion order is the order of rows in the session
         for row, count in zip(rows, keep, strict=True):
@@ -230,10 +242,11 @@ class CloudCache(Cache):
         if not keeps or len(keeps) > self.max_rows:
             return [Wanted(list(ids), count) for ids, count in keeps.items()], places
         prompts = [(list(ids), count) for ids, count in keeps.items()]
-        held = self.pool.take([tokens for tokens, _ in prompts])
-        self._held = held
-        self._release = weakref.finalize(self, self.pool.give_back, held)
-        self._release.atexit = False
+        held = self._held
+        if held is None:
+            held = self._held = self.pool.take([tokens for tokens, _ in prompts])
+            self._release = weakref.finalize(self, self.pool.give_back, held)
+            self._release.atexit = False
         shared = min(min(common_prefix(prompts[0][0], t), len(t) - count) for t, count in prompts)
         if (len(prompts) - 1) * (shared - held.match(prompts[0][0][:shared])[1]) >= MIN_SHARED_TOKENS:
             held.run([held.place(prompts[0][0][:shared], keep=1)], self.embed)

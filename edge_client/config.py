@@ -21,6 +21,9 @@ TOKEN_VARIABLE = ENV_PREFIX + "TOKEN"  # no setting: what dumps or shows setting
 Dtype = Literal["float32", "bfloat16", "float16"]
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 CodesDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+DEFAULT_RECOVER_S = 300.0  # a cloud that is restarted may have to load its model
+MOST_S = 7 * 86400.0  # that is waited for (seconds): a week; timers overflow far beyond
+MOST_PORT = 65535
 LEAST_TEMPERATURE = 0.001  # below, logits divided by it leave the range of floats
 
 
@@ -31,10 +34,17 @@ class SettingsError(ValueError):
 class EdgeConfig(BaseSettings):
     """Everything an edge can be told."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", allow_inf_nan=False)
 
     cloud: str = Field(
-        default="127.0.0.1:50051", pattern=r"^\S+:\d{1,5}$", description="Address of the cloud (HOST:PORT)"
+        default="127.0.0.1:50051",
+        pattern=r"^[^\s,]+:\d{1,5}(,[^\s,]+:\d{1,5})*$",
+        description="Address of the cloud (HOST:PORT), or several of them with commas: replicas",
+    )
+    allow_redirect: tuple[str, ...] = Field(
+        default=(),
+        description="Names (HOST, HOST:PORT or *.DOMAIN) besides those in cloud that a cloud which drains "
+        "may send this edge to",
     )
     tls: bool = Field(default=False, description="Use TLS; the cloud's certificate is from a public CA")
     tls_ca: Path | None = Field(
@@ -98,12 +108,31 @@ class EdgeConfig(BaseSettings):
         description="Your own texts (files) to guess from; what is guessed crosses the wire like a prompt",
     )
     system: str | None = Field(default=None, description="System message that chats begin with")
-    connect_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for the cloud (seconds)")
-    step_timeout_s: float = Field(default=120.0, gt=0, description="Longest wait for one step (seconds)")
+    connect_timeout_s: float = Field(
+        default=10.0, gt=0, le=MOST_S, description="Longest wait for the cloud (seconds)"
+    )
+    step_timeout_s: float = Field(
+        default=120.0, gt=0, le=MOST_S, description="Longest wait for one step (seconds)"
+    )
+    recover_timeout_s: float = Field(
+        default=DEFAULT_RECOVER_S,
+        ge=0,
+        le=MOST_S,
+        description="How long a lost cloud is tried again before the end (seconds); 0: not at all",
+    )
     cache_dir: Path | None = Field(default=None, description="Folder for fetched parts")
-    threads: int | None = Field(default=None, ge=1, description="Torch threads (count); all cores if absent")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="Torch threads (count); all cores if absent"
+    )
 
     tune: TuneConfig = Field(default_factory=TuneConfig, description="How to tune; each has its own unit")
+
+    @field_validator("cloud")
+    @classmethod
+    def _ports_are_ports(cls, cloud: str) -> str:
+        if strange := [a for a in cloud.split(",") if int(a.rpartition(":")[2]) > MOST_PORT]:
+            raise ValueError(f"ports end at {MOST_PORT}: {strange[0]}")  # gRPC would go to another one
+        return cloud
 
     @field_validator("temperature")
     @classmethod
@@ -160,8 +189,8 @@ def load_config(file: Path | None = None, **flags: object) -> EdgeConfig:
         ]
         where = f" (flags, {ENV_PREFIX}* or {chosen})" if chosen.is_file() else f" (flags or {ENV_PREFIX}*)"
         raise SettingsError(f"settings{where}: {'; '.join(problems)}") from None
-    except ValueError as error:  # malformed TOML
-        raise SettingsError(f"{chosen}: {error}") from None
+    except (ValueError, RecursionError) as error:  # malformed TOML
+        raise SettingsError(f"{chosen}: {str(error)[:300]}") from None
 
 
 def _words(kind: str, place: tuple[int | str, ...], message: str) -> str:

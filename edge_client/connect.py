@@ -1,10 +1,11 @@
 """From an address to a model ready to use: describe, compare, fetch, verify, build."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from edge_client import parts, trust
+from edge_client import part_settings, part_tensors, parts, trust
 from edge_client.connection import Connection, Timeouts
 from edge_client.credentials import Credentials
 from edge_client.first_codes import FirstCodes
@@ -12,8 +13,10 @@ from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import CloudOffer, OfferError, fingerprint_message
 from edge_client.personal import PersonalWeights
 from edge_client.pool import SessionLike
+from edge_client.recovery import Recovery
 from edge_client.resident import Resident
 from edge_client.resident_session import ResidentSession
+from edge_client.session import Resumed, Session
 from edge_client.shell import build_shell
 from edge_client.tokenizer import load_tokenizer
 from shared import wire
@@ -39,6 +42,8 @@ def open_model(
     config_dir: Path | None = None,
     timeouts: Timeouts | None = None,
     credentials: Credentials | None = None,
+    allow_redirect: Sequence[str] = (),
+    say: Callable[[str], object] | None = None,
     progress: bool = False,
 ) -> PrivateLoraForCausalLM:
     """Connect and build; `PrivateLoraForCausalLM.from_cloud` says what the first parameters mean.
@@ -57,6 +62,10 @@ def open_model(
         Bounds on waiting.
     credentials
         TLS, client certificate and token; None is in clear.
+    allow_redirect
+        Names besides those in ``target`` that a cloud which drains may send this edge to.
+    say
+        Takes one line when the cloud is lost and tried again; None is the log.
     progress
         Whether to show progress on stderr.
 
@@ -72,9 +81,11 @@ def open_model(
     except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without the device
         reason = str(error).partition("\n")[0]
         raise ValueError(f"cannot compute on device {str(device)!r}: {reason}") from None
-    connection = Connection(target, timeouts, credentials)
+    connection = Connection(target, timeouts, credentials, allow_redirect)
     try:
-        offer = CloudOffer.check(target, connection.describe())
+        described = connection.describe()
+        target = connection.target
+        offer = CloudOffer.check(target, described)
         chosen = offer.adapter_for(offer.plan(plan)[0] if plan is not None else None, adapter)
         trust.check_known(
             offer,
@@ -85,11 +96,11 @@ def open_model(
             config_dir=config_dir,
         )
         folder = parts.fetch(connection, offer.parts, cache_dir, plan=chosen.plan, progress=progress)
-        config, sizes = parts.read_config(folder)
+        config, sizes = part_settings.read_config(folder)
         if (sizes.num_layers, sizes.hidden_size) != (chosen.plan.num_layers, chosen.plan.hidden_size):
             raise OfferError(f"{target}: config.json and plan {chosen.plan.name!r} describe different models")
         precision = _dtype(dtype) if dtype is not None else offer.compute_dtype
-        shell = build_shell(config, parts.read_tensors(folder, sizes), device, precision)
+        shell = build_shell(config, part_tensors.read_tensors(folder, sizes), device, precision)
         on_wire = WireDtypes.named(wire_dtype or wire.WIRE_DTYPES[offer.compute_dtype], *kinds)
 
         resident = None
@@ -101,14 +112,23 @@ def open_model(
             first = FirstCodes.read(config, chosen.plan, folder)
 
         def open_session(personal: PersonalWeights) -> SessionLike:
+            address = connection.target  # read once: another thread's recovery may move on at any time
+            limits = offer.same_at(address, connection.described(address), personal.plan)
             message = fingerprint_message(offer.plans[personal.plan.name][1])
-            session = connection.open_session(personal, message, on_wire, offer.raw_limits)
+            session = connection.open_session(personal, message, on_wire, limits, address)
             if resident is None:
                 return session
             return ResidentSession(session, resident.with_factors(personal.factors))
 
-        model = PrivateLoraForCausalLM(config, shell, offer.limits, chosen, open_session, first)
-        model.generation_config = parts.read_generation_config(folder, config)
+        def pick_up(session: SessionLike) -> Resumed:
+            inner = session.session if isinstance(session, ResidentSession) else session
+            assert isinstance(inner, Session)
+            found = connection.resume(inner, fingerprint_message(offer.plans[inner.plan.name][1]))
+            return session.resumed(found) if isinstance(session, ResidentSession) else found
+
+        recovery = Recovery(connection, pick_up, connection.timeouts.recover_s, say)
+        model = PrivateLoraForCausalLM(config, shell, offer.limits, chosen, open_session, first, recovery)
+        model.generation_config = part_settings.read_generation_config(folder, config)
         model.tokenizer = load_tokenizer(folder, sizes.vocab_size, offer.limits.max_context_tokens)
         model.offer, model.connection, model.resident = offer, connection, resident
         model.wire_dtypes = on_wire

@@ -1,12 +1,15 @@
 """One connection to a cloud, owned by one asyncio thread; everybody else talks to that thread.
 
-Opens sessions and fetches public parts. Knows nothing about tokens.
+Opens sessions, picks dropped ones up again, and fetches public parts, at whichever of the cloud's addresses
+is next. Knows nothing about tokens.
 """
 
 import asyncio
+import atexit
+import contextlib
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the built-in one before 3.11
 from dataclasses import dataclass
@@ -16,29 +19,26 @@ import grpc
 import torch
 from google.protobuf.message import DecodeError
 
-from edge_client.credentials import Credentials, tls_problem
+from edge_client import claims
+from edge_client.affinity import shown
+from edge_client.config import DEFAULT_RECOVER_S
+from edge_client.credentials import Credentials
+from edge_client.describing import CloudConnectionError, Describing
 from edge_client.personal import PersonalWeights
-from edge_client.plain import one_line
-from edge_client.session import Session
+from edge_client.replicas import Replicas
+from edge_client.routes import Route, Routes
+from edge_client.session import Resumed, Session
+from edge_client.streams import SessionError
 from edge_client.tuning.stream import TuneStream
 from shared import PROTOCOL_VERSION
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
 
+__all__ = ["CloudConnectionError", "Connection", "Timeouts"]
+
 SERVICE = "/privatelora.v1.PrivateLoraService/"
 T = TypeVar("T")
-
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 4 << 20),  # a hostile cloud cannot make us buffer more
-    ("grpc.keepalive_time_ms", 60_000),  # some clouds drop idle TCP after four minutes
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.bdp_probe", 0),  # its pings delay exchanges; a fixed window does instead
-    ("grpc.http2.lookahead_bytes", 2 << 20),  # more than 100 Mbit/s x 80 ms has under way
-    ("grpc.max_reconnect_backoff_ms", 5_000),  # a cloud that restarts is found again soon
-)
 
 
 @dataclass(frozen=True)
@@ -47,76 +47,110 @@ class Timeouts:
 
     connect_s: float = 10.0
     step_s: float = 120.0
-
-
-class CloudConnectionError(ConnectionError):
-    """The cloud cannot be reached, or refused; the message says what to do."""
+    recover_s: float = DEFAULT_RECOVER_S
 
 
 class Connection:
-    """A channel to one cloud.
+    """Channels to one cloud, which may have several addresses.
 
     Parameters
     ----------
-    target
-        ``host:port``.
+    cloud
+        ``host:port``, or several with commas: replicas that serve the same model.
     timeouts
         Bounds on waiting.
     credentials
         How to connect; None is in clear.
+    allow_redirect
+        Names that a cloud which drains may send this edge to, see `edge_client.replicas`.
     """
 
     def __init__(
-        self, target: str, timeouts: Timeouts | None = None, credentials: Credentials | None = None
+        self,
+        cloud: str,
+        timeouts: Timeouts | None = None,
+        credentials: Credentials | None = None,
+        allow_redirect: Sequence[str] = (),
     ) -> None:
-        self.target, self.timeouts = target, timeouts or Timeouts()
-        self._credentials = credentials or Credentials()
+        self.cloud, self.timeouts = cloud, timeouts or Timeouts()
+        own = credentials or Credentials()
+        self.replicas = Replicas(cloud, allow_redirect, tls=own.tls)
+        self._routes = Routes(own, self.replicas)
+        patience_s = self.timeouts.connect_s
+        self._describing = Describing(self._routes, self.replicas, tls=own.tls, patience_s=patience_s)
         self._loop = _new_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="privatelora-connection", daemon=True
         )
         self._thread.start()
-        self._sessions: set[Session | TuneStream] = set()
+        self._streams: dict[Session | TuneStream, Route] = {}
         self._closed = False
-        self._channel: grpc.aio.Channel = self._wait(self._open_channel())
         # What the connection's thread computes is too small to share out: waking a second thread costs
         # more. The second call puts back what threads made later start with.
         threads = torch.get_num_threads()
         self._wait(_use_one_thread())
         torch.set_num_threads(threads)
+        # Whatever nobody closes the cloud would hold for its whole grace period.
+        atexit.register(self._end_at_exit)
+
+    @property
+    def target(self) -> str:
+        """The address in use."""
+        return self.replicas.current
 
     def describe(self) -> pb.DescribeResponse:
-        """Return what the cloud states about itself.
+        """Return what the cloud states about itself, at the first of its addresses that answers.
 
         Raises
         ------
         CloudConnectionError
             If it cannot be reached or answers with no such message.
         """
-        raw = self._wait(self._describe())
+        raw = self._wait(self._describing.first())
         try:
             return pb.DescribeResponse.FromString(raw)
         except DecodeError:
             raise CloudConnectionError(f"{self.target} does not speak this protocol") from None
 
+    def described(self, address: str) -> pb.DescribeResponse:
+        """Return what an address stated; asks it if it is new, or has failed since it was asked.
+
+        Raises
+        ------
+        SessionError
+            If it does not answer at once.
+        """
+        raw = self._wait(self._describing.at_once(address))
+        try:
+            return pb.DescribeResponse.FromString(raw)
+        except DecodeError:
+            raise SessionError(f"{address} does not speak this protocol", address=address) from None
+
     def fetch_part(self, index: int, offset: int = 0) -> Iterator[bytes]:
         """Yield the pieces of one public part, from byte ``offset`` on."""
         request = pb.FetchEdgePartsRequest(part_index=index, offset_bytes=offset).SerializeToString()
 
-        async def start() -> "grpc.aio.UnaryStreamCall[bytes, bytes]":
-            return self._channel.unary_stream(SERVICE + "FetchEdgeParts", as_bytes, as_bytes)(request)
+        async def start() -> "tuple[grpc.aio.UnaryStreamCall[bytes, bytes], Route]":
+            async with self._routes.use(self.target) as route:
+                call = route.channel.unary_stream(SERVICE + "FetchEdgeParts", as_bytes, as_bytes)(request)
+                route.streams += 1  # until `stop`
+                return call, route
 
-        call = self._wait(start())
+        def stop() -> None:
+            call.cancel()
+            route.streams -= 1
+
+        call, route = self._wait(start())
         try:
             while True:
-                raw = self._wait(self._translated(call.read()), self.timeouts.step_s)
+                raw = self._wait(self._describing.translated(call.read()), self.timeouts.step_s)
                 if raw is grpc.aio.EOF:
                     return
                 yield pb.FetchEdgePartsResponse.FromString(raw).data
         except DecodeError:
             raise CloudConnectionError(f"{self.target} sent bytes that are no part") from None
         finally:
-            self._loop.call_soon_threadsafe(call.cancel)
+            self._loop.call_soon_threadsafe(stop)
 
     def open_session(
         self,
@@ -124,6 +158,7 @@ class Connection:
         fingerprint: pb.Fingerprint,
         wire_dtypes: WireDtypes,
         limits: pb.Limits,
+        address: str | None = None,
     ) -> Session:
         """Open a session for one set of personal weights.
 
@@ -137,28 +172,97 @@ class Connection:
             What each kind of tensor travels in.
         limits
             What the cloud stated.
+        address
+            Where; None is the one in use.
 
         Raises
         ------
         SessionError
             With the cloud's status and message, if it refuses.
         """
-        request = pb.Open(protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint)
+        claim = claims.present()
+        request = pb.Open(
+            protocol_version=PROTOCOL_VERSION,
+            fingerprint=fingerprint,
+            claim=None if claim is None else claim.message(),
+        )
         wire_dtypes.ask(request)
 
         async def start() -> Session:
-            call = self._channel.stream_stream(SERVICE + "Decode", as_bytes, as_bytes)()
-            session = Session(
-                call, self._loop, personal, wire_dtypes, limits, self.timeouts.step_s, self._sessions.discard
-            )
-            await session.open(request)
-            self._sessions.add(session)
-            return session
+            async with self._routes.use(address or self.target) as route:
+                call = self._decode(route)
+                session = Session(
+                    call, self._loop, personal, wire_dtypes, limits, self.timeouts.step_s, self._forget
+                )
+                session.address, session.route = route.address, route
+                await session.open(request)
+                self._adopt(session, route)
+                return session
 
         return self._wait(start(), self.timeouts.connect_s + self.timeouts.step_s)
 
+    def resume(self, session: Session, fingerprint: pb.Fingerprint) -> Resumed:
+        """Pick a session up again whose stream was lost, where it was lost.
+
+        Parameters
+        ----------
+        session
+            One that `open_session` returned; used by nobody at the moment.
+        fingerprint
+            As for `open_session`.
+
+        Raises
+        ------
+        SessionError
+            If the cloud no longer has it (NOT_FOUND), cannot be reached, or refuses.
+        """
+        request = pb.Open(protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint, session_id=session.id)
+        session.wire_dtypes.ask(request)
+
+        async def again() -> Resumed:
+            await self._describing.at_once(session.address)  # who is frozen says nothing to this either
+            async with self._routes.use(session.address) as route:
+                await session.rebind(self._decode(route, session.replica))
+                self._forget(session)
+                session.route = route
+                found = await session.open(request)
+                self._adopt(session, route)
+                return found
+
+        return self._wait(again(), self.timeouts.connect_s + self.timeouts.step_s)
+
+    def lost(self, error: ConnectionError, without: Collection[str] = ()) -> str | None:
+        """Take that the cloud has failed, and go on to its next address.
+
+        Parameters
+        ----------
+        error
+            How; its ``address`` is where, its ``route`` on which channel. Another thread may have set that
+            aside already, and what has taken its place works.
+        without
+            Addresses that are out of the question.
+
+        Returns
+        -------
+        str or None
+            A successor that the cloud named and that is not followed.
+        """
+        address, noted = getattr(error, "address", None) or self.target, getattr(error, "route", None)
+
+        async def aside() -> None:
+            route = noted if isinstance(noted, Route) else self._routes.known(address)
+            if route is not None:
+                await self._routes.set_aside(route)
+
+        self._wait(aside())
+        return self.replicas.failed(address, error, without)
+
     def open_tuning(
-        self, plan: Plan, fingerprint: pb.Fingerprint, wire_dtype: "pb.Dtype.ValueType"
+        self,
+        plan: Plan,
+        fingerprint: pb.Fingerprint,
+        wire_dtype: "pb.Dtype.ValueType",
+        address: str | None = None,
     ) -> TuneStream:
         """Open a stream to tune personal weights on.
 
@@ -170,6 +274,8 @@ class Connection:
             What this edge stands on; the cloud refuses if it differs.
         wire_dtype
             Element type of every tensor, both ways: not float16 (gradients underflow), int8 or int4.
+        address
+            Where; None is the one in use.
 
         Raises
         ------
@@ -181,13 +287,13 @@ class Connection:
         )
 
         async def start() -> TuneStream:
-            call = self._channel.stream_stream(SERVICE + "Tune", as_bytes, as_bytes)(wait_for_ready=True)
-            stream = TuneStream(
-                call, self._loop, plan, wire_dtype, self.timeouts.step_s, self._sessions.discard
-            )
-            await stream.open(request, self.timeouts.connect_s)
-            self._sessions.add(stream)
-            return stream
+            async with self._routes.use(address or self.target) as route:
+                call = route.channel.stream_stream(SERVICE + "Tune", as_bytes, as_bytes)(wait_for_ready=True)
+                stream = TuneStream(call, self._loop, plan, wire_dtype, self.timeouts.step_s, self._forget)
+                stream.address, stream.route = route.address, route
+                await stream.open(request, self.timeouts.connect_s)
+                self._adopt(stream, route)
+                return stream
 
         return self._wait(start(), self.timeouts.connect_s + self.timeouts.step_s)
 
@@ -196,47 +302,31 @@ class Connection:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self._end_at_exit)
         try:
-            for session in list(self._sessions):
-                session.close()
-            self._wait(self._channel.close())
+            for stream in list(self._streams):
+                stream.close()
+            self._wait(self._routes.close())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=5)
 
-    async def _open_channel(self) -> grpc.aio.Channel:
-        return self._credentials.channel(self.target, CHANNEL_OPTIONS)
+    def _end_at_exit(self) -> None:
+        """Close before the interpreter takes the thread away; a cloud that is gone is no error any more."""
+        if self._thread.is_alive():  # not in a fork, which has the process's memory and none of its threads
+            with contextlib.suppress(Exception):
+                self.close()
 
-    async def _describe(self) -> bytes:
-        request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION).SerializeToString()
-        call = self._channel.unary_unary(SERVICE + "Describe", as_bytes, as_bytes)
-        if self._credentials.tls:
-            # Certificates do not become right by waiting; only without waiting does gRPC say what is wrong.
-            try:
-                return bytes(await call(request, timeout=self.timeouts.connect_s))
-            except grpc.aio.AioRpcError as error:
-                if problem := tls_problem(error.details() or "", self.target):
-                    raise CloudConnectionError(f"{self.target}: {problem}; nothing was sent") from None
-        raw: bytes = await self._translated(
-            call(request, timeout=self.timeouts.connect_s, wait_for_ready=True)
-        )
-        return raw
+    def _decode(self, route: Route, replica: str | None = None) -> "grpc.aio.StreamStreamCall[bytes, bytes]":
+        return route.channel.stream_stream(SERVICE + "Decode", as_bytes, as_bytes)(metadata=shown(replica))
 
-    async def _translated(self, awaitable: Any) -> Any:
-        try:
-            return await awaitable
-        except grpc.aio.AioRpcError as error:
-            code = error.code()
-            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                encrypted = (
-                    "" if self._credentials.tls else " Or does it serve TLS? Then give --tls-ca or --tls"
-                )
-                raise CloudConnectionError(
-                    f"no cloud answers at {self.target} (waited up to {self.timeouts.connect_s:.0f} s); is "
-                    f"`privatelora-cloud serve` running there, and is the address right?{encrypted}"
-                ) from None
-            details = one_line(error.details() or "")
-            raise CloudConnectionError(f"{self.target}: {code.name}: {details}") from None
+    def _adopt(self, stream: Session | TuneStream, route: Route) -> None:
+        route.streams += 1
+        self._streams[stream] = route
+
+    def _forget(self, stream: Session | TuneStream) -> None:
+        if (route := self._streams.pop(stream, None)) is not None:
+            route.streams -= 1
 
     def _wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

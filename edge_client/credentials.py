@@ -81,7 +81,7 @@ class Credentials:
             token=None if token is None else token.strip(),
         )
 
-    def channel(self, target: str, options: Sequence[tuple[str, int]]) -> grpc.aio.Channel:
+    def channel(self, target: str, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
         """Return a channel to ``target``; call it where the event loop runs.
 
         gRPC refuses a certificate that is not for the target's host, or not from a trusted CA, before

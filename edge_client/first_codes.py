@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
 from edge_client.hollow import hollow
-from edge_client.parts import read_exact
+from edge_client.part_tensors import read_exact
 from edge_client.precision import fitted
 from shared.edge_parts import CODES_A, CODES_NORM, codes_file
 from shared.plan import Plan

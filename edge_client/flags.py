@@ -1,21 +1,33 @@
 """The flags that several commands have, and how commands show their errors. Imports no torch."""
 
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from edge_client.plain import printable
+from shared.complaint import in_words
 
 Cloud = Annotated[
     str | None,
     typer.Option(
         "--cloud",
         metavar="HOST:PORT",
-        help="Where `privatelora-cloud serve` listens; 127.0.0.1:50051 by default.",
+        help="Where `privatelora-cloud serve` listens; 127.0.0.1:50051 by default. Several with commas are "
+        "replicas: if one dies, the next goes on.",
+    ),
+]
+AllowRedirect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-redirect",
+        metavar="NAME",
+        help="Let a cloud that shuts down send this edge to NAME (a host, or *.domain) too; repeatable. "
+        "Those in --cloud, and over TLS whoever has the cloud's certificate, are allowed anyway.",
     ),
 ]
 Tls = Annotated[
@@ -53,7 +65,12 @@ AdapterName = Annotated[
     ),
 ]
 PlanName = Annotated[
-    str | None, typer.Option("--plan", metavar="NAME", help="Split of the model to use; `info` lists them.")
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="NAME",
+        help="Split of the model to use; `info` lists them. A name's -r<digits> may be left out if one fits.",
+    ),
 ]
 WireDtype = Annotated[
     str | None,
@@ -138,6 +155,31 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
+CONNECTING = ("config", "cloud", "allow_redirect", "tls", "tls_ca", "token_file", "client_cert", "client_key")
+
+
+def repeated(given: Mapping[str, Any], names: Sequence[str] = (*CONNECTING, "cache_dir")) -> str:
+    """Return those of the given flags that another command needs to reach the same cloud, to be pasted.
+
+    Parameters
+    ----------
+    given
+        The command's flags by their names in Python; None and False are not given.
+    names
+        Which of them to repeat.
+    """
+    words = []
+    for name in names:
+        value, flag = given.get(name), "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [f"{flag} {shlex.quote(str(one))}" for one in value]
+        elif value is not None and value is not False:
+            words.append(f"{flag} {shlex.quote(str(value))}")
+    return "".join(f" {word}" for word in words)
+
+
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
     """Turn every expected error into one line and an exit code: 2 for settings, 130 for Ctrl-C, else 1."""
@@ -151,7 +193,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         from edge_client.config import SettingsError
 
         # A cloud's words, and what it calls its plans, are in some messages.
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(in_words(error))}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

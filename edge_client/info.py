@@ -19,7 +19,8 @@ def describe(settings: EdgeConfig) -> dict[str, Any]:
     timeouts = Timeouts(settings.connect_timeout_s, settings.step_timeout_s)
     connection = Connection(settings.cloud, timeouts, Credentials.of(settings))
     try:
-        offer = CloudOffer.check(settings.cloud, connection.describe())
+        described = connection.describe()
+        offer = CloudOffer.check(connection.target, described)
     finally:
         connection.close()
     return {

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from edge_client import claims
+from edge_client.claims import Claim
 from edge_client.cloud_cache import CloudCache, ContextLengthError
 from edge_client.connection import Connection
 from edge_client.drafting import Draft
@@ -24,6 +26,7 @@ from edge_client.offer import CloudOffer, Limits
 from edge_client.padding import assemble, check_positions, new_columns, pick
 from edge_client.personal import PersonalWeights
 from edge_client.pool import SessionLike, SessionPool
+from edge_client.recovery import Recovery
 from edge_client.resident import Resident
 from edge_client.shared_head import SharedHead
 from edge_client.shell import Shell
@@ -57,6 +60,8 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         Opens a session for given personal weights.
     first_codes
         Makes the codes of the cloud's first layer here; None leaves them to the cloud.
+    recovery
+        What to do when the cloud is lost; None is to raise.
     """
 
     main_input_name = "input_ids"
@@ -71,6 +76,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         adapter: Adapter,
         open_session: OpenSession,
         first_codes: FirstCodes | None = None,
+        recovery: Recovery | None = None,
     ) -> None:
         super().__init__(config)
         self.embed_tokens, self.norm, self.lm_head = shell.embed_tokens, shell.norm, shell.lm_head
@@ -81,13 +87,14 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         self.tokenizer: EdgeTokenizer | None = None
         self._open_session = open_session
         self.connection: Connection | None = None
+        self.recovery = recovery
         self.resident: Resident | None = None  # layers that run here
         self.wire_dtypes = WireDtypes.all(DTYPE_FLOAT32)
         self._thread = threading.local()
         self._first_codes = first_codes
         personal = PersonalWeights(adapter, first_codes)
         self._adapter = adapter
-        self._pool = SessionPool(lambda: open_session(personal))
+        self._pool = SessionPool(lambda: open_session(personal), recovery=recovery)
         self.requires_grad_(False)
         self.eval()  # type: ignore[no-untyped-call]
 
@@ -107,7 +114,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         Parameters
         ----------
         target
-            ``host:port``.
+            ``host:port``, or several with commas: replicas of one cloud.
         adapter
             The personal weights: a file, or an adapter; None is M = 0, the base model.
         plan
@@ -280,7 +287,8 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         if isinstance(given, CloudCache) and given.is_stale:
             given.detach()  # made under another adapter: run its tokens again under this one
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            with claims.answering():
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
             # The traceback would keep the cache, and with it the session, for as long as it lives.
             cache = getattr(self._thread, "cache", None)
@@ -302,8 +310,16 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         return given if isinstance(given, Draft) else super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        claims.state(Claim(rows, min(generation_config.max_length, self.limits.max_context_tokens)))
         given = model_kwargs.get("past_key_values")
         if given is not None:
             if not isinstance(given, CloudCache):

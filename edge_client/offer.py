@@ -5,11 +5,14 @@ contradictions; whether it is the model that was meant is decided by `trust.py` 
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import torch
 
+from edge_client.streams import SessionError
 from shared import PROTOCOL_VERSION, wire
 from shared.adapter import MAX_FILE_BYTES, Adapter, AdapterError, tensor_shapes
 from shared.edge_parts import EdgePart, EdgePartsError, check_manifest, digested_parts
@@ -18,6 +21,7 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan, PlanError
 
 MAX_PLANS = 64
+Code = grpc.StatusCode
 
 
 class OfferError(ValueError):
@@ -94,12 +98,48 @@ class CloudOffer:
         )
 
     def plan(self, name: str | None) -> tuple[Plan, Fingerprint]:
-        """Return the plan called ``name``, or the first; raises OfferError if there is none."""
+        """Return the plan called ``name``, or the first; raises OfferError if there is none.
+
+        Where exactly one plan is called ``name`` and a rank, as in one-trip-r64, that is the one.
+        """
         if name is None:
             return next(iter(self.plans.values()))
         if name not in self.plans:
+            ranked = [full for full in self.plans if re.fullmatch(re.escape(name) + "-r[0-9]+", full)]
+            if len(ranked) == 1:
+                return self.plans[ranked[0]]
             raise OfferError(f"{self.target} offers no plan {name!r}; it offers: {', '.join(self.plans)}")
         return self.plans[name]
+
+    def same_at(self, target: str, response: pb.DescribeResponse, plan: Plan) -> pb.Limits:
+        """Return the limits of a replica, after comparing what it states with this offer.
+
+        Parameters
+        ----------
+        target, response
+            The replica's address, and what it states.
+        plan
+            The plan in use.
+
+        Raises
+        ------
+        SessionError
+            If it states another model, another split or other A and B. Nothing was sent to it.
+        """
+        try:
+            found = CloudOffer.check(target, response)
+            stated = found.plan(plan.name)
+        except OfferError as error:
+            raise SessionError(str(error), Code.FAILED_PRECONDITION, address=target) from None
+        if stated != self.plans[plan.name]:
+            differing = stated[1].differs_from(self.plans[plan.name][1])
+            raise SessionError(
+                f"{target} serves another model or split under plan {plan.name!r} than {self.target} "
+                f"({' and '.join(differing)} differ); nothing was sent to it",
+                Code.FAILED_PRECONDITION,
+                address=target,
+            )
+        return found.raw_limits
 
     def adapter_for(self, plan: Plan | None, adapter: str | Path | Adapter | None) -> Adapter:
         """Return the adapter to use, zeros if none is given, after comparing fingerprints.

@@ -1,5 +1,6 @@
 """From a command's settings to a model ready to use. Imports torch: only for commands that need it."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from edge_client.config import EdgeConfig
 from edge_client.connection import Timeouts
 from edge_client.credentials import Credentials
 from edge_client.model import PrivateLoraForCausalLM
+from edge_client.plain import one_line
 
 
 def opened(settings: EdgeConfig, adapter: Path | None) -> PrivateLoraForCausalLM:
@@ -26,10 +28,17 @@ def opened(settings: EdgeConfig, adapter: Path | None) -> PrivateLoraForCausalLM
         fingerprint=settings.fingerprint,
         accept_new_fingerprint=settings.accept_new_fingerprint,
         cache_dir=settings.cache_dir,
-        timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s),
+        timeouts=Timeouts(settings.connect_timeout_s, settings.step_timeout_s, settings.recover_timeout_s),
         credentials=Credentials.of(settings),
+        allow_redirect=settings.allow_redirect,
+        say=_say,
         hidden_wire_dtype=settings.hidden_wire_dtype,
         codes_wire_dtype=settings.codes_wire_dtype,
         residual_codes_wire_dtype=settings.residual_codes_wire_dtype,
         progress=True,
     )
+
+
+def _say(line: str) -> None:
+    """Say on stderr what happens to the connection; the answer's text on stdout stays as it is."""
+    print(f"\n[{one_line(line)}]", file=sys.stderr, flush=True)

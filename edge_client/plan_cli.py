@@ -57,13 +57,24 @@ def plan(
     ] = 1024,
     positions: Annotated[
         int,
-        typer.Option("--positions", metavar="N", min=1, help="Of a step: one and those guessed ahead."),
+        typer.Option(
+            "--positions", metavar="N", min=1, help="Positions sent in one step: 1 and the guesses."
+        ),
     ] = 1,
     tokens_per_step: Annotated[
-        float, typer.Option("--tokens-per-step", metavar="X", min=1, help="That these positions yield.")
+        float,
+        typer.Option(
+            "--tokens-per-step",
+            metavar="X",
+            min=1,
+            help="Tokens that a step yields on average with these guesses.",
+        ),
     ] = 1.0,
     memory_mib: Annotated[
-        float | None, typer.Option("--memory-mib", metavar="X", help="This side's room for a plan (MiB).")
+        float | None,
+        typer.Option(
+            "--memory-mib", metavar="X", help="This side's room for a plan (MiB); no bound by default."
+        ),
     ] = None,
     busy_watt: Annotated[
         float, typer.Option("--busy-watt", min=0, help="This side's power while it computes; assumed.")

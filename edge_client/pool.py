@@ -11,13 +11,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import grpc
 import torch
 from torch import Tensor
 
 from edge_client.spans import Span
-from edge_client.streams import Traffic
+from edge_client.streams import SessionError, Traffic
+
+if TYPE_CHECKING:
+    from edge_client.recovery import Recovery
+    from edge_client.session import Resumed
 
 Tokens = Sequence[int]
 Embed = Callable[[list[int]], Tensor]  # token ids -> h0 (tokens, hidden_size) fp32
@@ -76,6 +81,8 @@ class HeldSession:
         self.rows: list[list[int]] = []
         self.broken = False
         self.unsettled = False  # a step was given up; until the next one, rows cannot be moved
+        self.resumed = False  # its rows may have moved since its user last looked
+        self._lost: _LostStep | None = None
 
     def match(self, tokens: Tokens) -> tuple[int, int]:
         """Return the row that shares the longest prefix with ``tokens``, and its length."""
@@ -108,9 +115,12 @@ class HeldSession:
         if not self.rows or parents == list(range(len(self.rows))):
             parents = None
         # If a step that moves rows is interrupted, nobody here knows whether they moved.
-        self.rows, self.broken = [], True
+        before, self.rows, self.broken, self._lost = self.rows, [], True, None
         try:
             hidden = self.session.step(embed(tokens), spans, parents)  # (sum of keep, hidden_size)
+        except ConnectionError:
+            self._lost = _LostStep(before, wanted, parents)
+            raise
         except KeyboardInterrupt:
             self.session.cancel()
             if parents is None and len(wanted) == 1:
@@ -119,8 +129,50 @@ class HeldSession:
             raise
         self.positions += len(tokens)
         self.rows, self.broken, self.unsettled = [want.tokens for want in wanted], False, False
+        self.resumed = False
         counts = [want.keep if len(want.tokens) > want.start else 0 for want in wanted]
         return list(torch.split(hidden, counts))
+
+    def resume(self, pick_up: "Callable[[SessionLike], Resumed]") -> None:
+        """Pick the session up again whose stream was lost in its last step, and learn what it still holds.
+
+        Parameters
+        ----------
+        pick_up
+            Does that at the cloud, see `edge_client.connection.Connection.resume`.
+
+        Raises
+        ------
+        SessionError
+            If the session is gone (NOT_FOUND) or cannot be had at the moment.
+        """
+        lost = self._lost
+        if lost is None:
+            raise SessionError("there is no step to go on from", grpc.StatusCode.NOT_FOUND)
+        self.rows = lost.kept(pick_up(self.session))
+        self.broken, self.unsettled, self.resumed = False, False, True
+
+
+@dataclass(frozen=True)
+class _LostStep:
+    """A step whose answer never came: the rows before it, and what it asked for."""
+
+    rows: list[list[int]]
+    wanted: Sequence[Wanted]
+    parents: list[int] | None
+
+    def kept(self, found: "Resumed") -> list[list[int]]:
+        """Return the tokens that each row holds for certain, after what the cloud states of the rows."""
+        rows = self.rows
+        if self.parents is not None and found.began:
+            rows = [rows[parent] for parent in self.parents]
+        if self.parents is None or found.began:  # what the step overwrites may be either
+            starts = [want.start for want in self.wanted]
+            rows = [row[:start] for row, start in zip(rows, starts, strict=False)] + rows[len(starts) :]
+        kept = [row[:length] for row, length in zip(rows, found.row_lengths, strict=False)]
+        if found.began and len(self.wanted) == len(found.row_lengths) == 1:
+            kept = [self.wanted[0].tokens[: found.row_lengths[0]]]  # chunks of it that were finished count
+        return kept + [[] for _ in range(len(found.row_lengths[: len(self.wanted)]) - len(kept))]
 
 
 class SessionPool:
@@ -134,10 +186,18 @@ class SessionPool:
         Opens a session with the present adapter.
     max_idle
         Idle sessions that stay open (count); each holds KV cache in the cloud.
+    recovery
+        What to do when the cloud is lost; None is to pass the error on.
     """
 
-    def __init__(self, open_session: Callable[[], SessionLike], max_idle: int = 4) -> None:
+    def __init__(
+        self,
+        open_session: Callable[[], SessionLike],
+        max_idle: int = 4,
+        recovery: "Recovery | None" = None,
+    ) -> None:
         self._open = open_session
+        self.recovery = recovery
         self._max_idle = max_idle
         self._lock = threading.Lock()
         self._idle: list[HeldSession] = []  # least recently used first

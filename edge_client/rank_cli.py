@@ -24,11 +24,11 @@ from edge_client.flags import (
     TokenFile,
     WireDtype,
     one_line_errors,
+    repeated,
 )
 from edge_client.tune_flags import (
     EDGE_SETTINGS,
     BatchSize,
-    Data,
     LossOn,
     MaxTokens,
     MicroBatchTokens,
@@ -49,7 +49,12 @@ SETTINGS = (
 
 
 def rank(
-    data: Data = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Required: JSONL of chats or completions, or plain text."
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -125,6 +130,8 @@ def rank(
         with Progress(sys.stderr) as progress:
             run = RankRun(settings, data, rows, held_out_rows, progress)
             found = run.document(file, round_trips, layers_only=layers_only)
+        if found["recommended"] is not None:
+            found["recommended"]["tune"] += repeated(given)
         if as_json:
             print(json.dumps(found))
         else:

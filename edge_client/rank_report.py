@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from edge_client.plain import printable
 from edge_client.ranking import Border, Estimate, PlanWorth, Ranking, border, choose_layers
+from edge_client.tables import Columns, print_rows
 from edge_client.wire_cost import wire_cost
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
@@ -170,35 +170,29 @@ def _show_layers(console: Console, found: dict[str, Any]) -> None:
         f"({found['layers_nats_per_token']:.4f} nats per token with all)",
         soft_wrap=True,
     )
-    table = Table()
-    for name in ("layer", "worth, nats/token", "±", "gradient at M = 0"):
-        table.add_column(name, justify="right")
-    for row in found["layers"]:
-        worth, error = _shown(row, "worth")
-        table.add_row(str(row["layer"]), worth, error, f"{row['gradient_norm']:.3g}")
-    console.print(table)
+    rows = [
+        (str(row["layer"]), *_shown(row, "worth"), f"{row['gradient_norm']:.3g}") for row in found["layers"]
+    ]
+    print_rows(console, Columns(("layer", "worth, nats/token", "±", "gradient at M = 0")), rows)
 
 
 def _show_plans(console: Console, found: dict[str, Any]) -> None:
     console.print(f"plans, each after the same {found['steps']} steps", soft_wrap=True)
-    table = Table()
     columns = ("plan", "nats/token", "gained", "±", "trips", "kB up", "kB down", "adapted", "rate")
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place == 0)
-    for row in found["plans"]:
-        gained, error = _shown(row, "gain")
-        table.add_row(
+    rows = [
+        (
             printable(row["plan"]),
             f"{row['loss_nats_per_token']:.4f}",
-            gained,
-            error,
+            *_shown(row, "gain"),
             str(row["round_trips_per_token"]),
             f"{row['bytes_up_per_token'] / 1e3:.1f}",
             f"{row['bytes_down_per_token'] / 1e3:.1f}",
             str(row["adapted_layers"]),
             f"{row['lr']:g}",
         )
-    console.print(table)
+        for row in found["plans"]
+    ]
+    print_rows(console, Columns(columns), rows)
 
 
 def _shown(row: dict[str, Any], name: str) -> tuple[str, str]:

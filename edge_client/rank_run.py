@@ -123,7 +123,8 @@ class RankRun:
         waits = Timeouts(self.settings.connect_timeout_s, self.settings.step_timeout_s)
         connection = Connection(self.settings.cloud, waits, Credentials.of(self.settings))
         try:
-            offer = CloudOffer.check(self.settings.cloud, connection.describe())
+            described = connection.describe()
+            offer = CloudOffer.check(connection.target, described)
         finally:
             connection.close()
         plans = [plan for plan, _ in offer.plans.values()]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
 from edge_client.hollow import hollow
-from edge_client.parts import read_layer
+from edge_client.part_tensors import read_layer
 from edge_client.precision import fitted
 from edge_client.resident_cache import RowCache
 from shared.edge_parts import EdgePartsError

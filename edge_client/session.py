@@ -17,6 +17,9 @@ import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
+from edge_client import claims
+from edge_client.affinity import replica_in
+from edge_client.claims import Claim
 from edge_client.personal import PersonalWeights
 from edge_client.spans import Span, cut
 from edge_client.streams import SessionError, Traffic, end, failure
@@ -49,6 +52,18 @@ class Flight:
     layer: int = -1  # the last one that has exchanged
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What a session that was picked up again still holds.
+
+    ``row_lengths`` are the positions in each of its rows; ``began`` says whether the cloud had begun the
+    step that was lost, and so moved the rows as that step asked.
+    """
+
+    row_lengths: tuple[int, ...]
+    began: bool
+
+
 class Session:
     """A stream to the cloud. Made by `Connection.open_session`; used by one thread at a time."""
 
@@ -67,15 +82,20 @@ class Session:
         self._groups = self.plan.groups
         self.traffic = Traffic()
         self.id = b""
+        self.address = ""  # where the cloud is
+        self.route: object | None = None  # the channel there
+        self.replica: str | None = None  # which one there, see `edge_client.affinity`
         self.error: SessionError | None = None
         self._call, self._loop, self._on_close = call, loop, on_close
         self._step_timeout_s = step_timeout_s
         # Whatever a chunk's positions travel in has to fit a message, hL of all of them too.
         upfront = personal.first is not None
         fits = MAX_TENSOR_BYTES // widest_row(self.plan, wire_dtypes, upfront=upfront)
-        self._chunk_tokens = max(1, min(chunk_tokens, limits.max_step_tokens, fits))
+        self.chunk_tokens = max(1, min(chunk_tokens, limits.max_step_tokens, fits))  # most in one message
         self._max_in_flight = max(1, limits.max_steps_in_flight)
         self._number = 0
+        self._step_number = 0  # of the last step's first chunk
+        self._claimed: Claim | None = None  # what the cloud was last told that rows may come to need
         self._jobs: deque[Job] = deque()  # with chunks still to send
         self._flights: dict[int, Flight] = {}
         self._outbox: deque[bytes] = deque()
@@ -83,7 +103,7 @@ class Session:
         self._writing = False
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def open(self, request: pb.Open) -> None:
+    async def open(self, request: pb.Open) -> Resumed:
         """Shake hands; then read and write until the session ends."""
         try:
             await self._send(pb.DecodeRequest(open=request).SerializeToString())
@@ -97,8 +117,23 @@ class Session:
             raise SessionError(
                 "the cloud did not answer the handshake with a session; is it a PrivateLoRA cloud?"
             )
-        self.id = message.opened.session_id
+        self.replica = replica_in(await self._call.initial_metadata()) or self.replica
+        self.id, self.error = message.opened.session_id, None
         self._tasks = [self._loop.create_task(self._read_all()), self._loop.create_task(self._write_all())]
+        opened = message.opened
+        return Resumed(tuple(opened.row_lengths), 0 < self._step_number <= opened.last_step)
+
+    async def rebind(self, call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> None:
+        """Let go of a stream that was lost, and whatever is under way; `open` goes on with another."""
+        self._call.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._fail(SessionError("the stream was lost", grpc.StatusCode.UNAVAILABLE))
+        self._outbox.clear()
+        self._tasks, self._call = [], call
+        self._claimed = None  # the step that said so may never have arrived
 
     def step(self, hidden: Tensor, spans: Sequence[Span], parents: Sequence[int] | None = None) -> Tensor:
         """Run new positions through the cloud's layers; blocks until hL is back.
@@ -123,12 +158,16 @@ class Session:
         SessionError
             If the cloud refuses, the connection breaks, or no answer comes in time.
         """
-        job = self.submit(hidden, spans, parents)
+        return self.wait(self.submit(hidden, spans, parents))
+
+    def wait(self, job: Job) -> Tensor:
+        """Return hL of what was submitted; raises as `step` does."""
         try:
             return job.future.result(self._step_timeout_s)
         except FutureTimeoutError:
             self.cancel()
-            raise SessionError(f"no answer within {self._step_timeout_s:.0f} s") from None
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            raise SessionError(f"no answer within {self._step_timeout_s:g} s", code) from None
 
     async def step_async(
         self, hidden: Tensor, spans: Sequence[Span], parents: Sequence[int] | None = None
@@ -136,20 +175,32 @@ class Session:
         """Do as `step` does, from a coroutine of any event loop."""
         return await asyncio.wrap_future(self.submit(hidden, spans, parents).future)
 
-    def submit(self, hidden: Tensor, spans: Sequence[Span], parents: Sequence[int] | None) -> Job:
+    def submit(
+        self,
+        hidden: Tensor,
+        spans: Sequence[Span],
+        parents: Sequence[int] | None,
+        *,
+        goes_on: bool = False,
+    ) -> Job:
         """Cut a step into chunks and start it.
 
         Chunks follow each other through the layers, so that the edge answers one while the cloud runs
-        the next.
+        the next. ``goes_on``: these are further positions of the step that was submitted before.
         """
         job = Job(deque())
-        at = 0
-        for piece in cut(spans, self._chunk_tokens):
+        claim, at = claims.present(), 0
+        if not goes_on:
+            self._step_number = self._number + 1
+        for piece in cut(spans, self.chunk_tokens):
             tokens, keep = sum(s.count for s in piece), sum(s.keep for s in piece)
             self._number += 1
             request = pb.DecodeRequest()
             message = request.step
             message.step = self._number
+            if claim is not None and claim is not self._claimed:  # once an answer: it lapses in between
+                message.claim.CopyFrom(claim.message())
+                self._claimed = claim
             message.parents.extend(parents or ())
             message.spans.extend(pb.Span(row=s.row, start=s.start, count=s.count, keep=s.keep) for s in piece)
             wire.fill(message.hidden, hidden[at : at + tokens], self.wire_dtypes.hidden)
@@ -168,9 +219,13 @@ class Session:
         """Give up what is in flight. The next step must start where the given-up one did, or before."""
         self._loop.call_soon_threadsafe(self._give_up)
 
+    def abandon(self) -> None:
+        """Break the stream off without waiting for anybody; the cloud may still hold the session."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._call.cancel)
+
     def close(self) -> None:
         """End the session in order: its KV cache is freed at once."""
-        self._on_close(self)
         if not self._loop.is_closed():
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(self._step_timeout_s)
 
@@ -324,6 +379,7 @@ class Session:
         await end(self._call)  # first: to cancel a read breaks the stream, and the cloud keeps its memory
         for task in self._tasks:
             task.cancel()
+        self._on_close(self)
 
 
 def _resolve(future: "Future[Any]", result: Any) -> None:

@@ -12,6 +12,7 @@ from edge_client.plain import one_line
 from shared.wire import FRAME_BYTES
 
 MAX_RETRY_AFTER_S = 3600.0  # longer hints are cut: a cloud must not be able to stop an edge for good
+MAX_ADDRESS_CHARS = 260  # longest name and port
 CLOSE_TIMEOUT_S = 1.0  # for the cloud to confirm the end of a stream
 
 
@@ -19,14 +20,28 @@ class SessionError(ConnectionError):
     """The session ended: the cloud refused something, or the connection broke.
 
     ``code`` is the gRPC status, None if the fault is not the cloud's to name. ``retry_after_s`` is the
-    cloud's hint, None if it gave none.
+    cloud's hint, None if it gave none. ``successor`` is where a cloud that drains says to go instead: a
+    claim, see `edge_client.replicas`. ``address`` is where it happened, ``route`` on which channel there, see
+    `edge_client.routes`; None if nobody has noted it.
     """
 
     def __init__(
-        self, message: str, code: grpc.StatusCode | None = None, retry_after_s: float | None = None
+        self,
+        message: str,
+        code: grpc.StatusCode | None = None,
+        retry_after_s: float | None = None,
+        successor: str | None = None,
+        address: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.code, self.retry_after_s = code, retry_after_s
+        self.code, self.retry_after_s, self.successor = code, retry_after_s, successor
+        self.address = address
+        self.route: object | None = None
+
+    def note(self, stream: object) -> None:
+        """Take that it happened on a stream, unless it is known where."""
+        if self.address is None:
+            self.address, self.route = getattr(stream, "address", None), getattr(stream, "route", None)
 
 
 @dataclass
@@ -68,15 +83,18 @@ async def failure(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> SessionErr
     """Return why a stream ended, in words."""
     code = await call.code()
     details = one_line(await call.details() or "")
-    retry = next((v for k, v in await call.trailing_metadata() or () if k == "retry-after-ms"), None)
+    trailers = dict(await call.trailing_metadata() or ())
     if code == grpc.StatusCode.OK:
         return SessionError("the cloud ended the session", code)
-    if code == grpc.StatusCode.UNAVAILABLE:
-        return SessionError(f"the connection to the cloud was lost ({details})", code)
+    retry, named = trailers.get("retry-after-ms"), trailers.get("privatelora-successor")
     hint = None
     if isinstance(retry, str) and retry.isascii() and retry.isdigit():
         hint = min(int(retry[:15]) / 1000, MAX_RETRY_AFTER_S)
-    return SessionError(f"the cloud refused ({code.name}): {details}", code, hint)
+    successor = one_line(named[:MAX_ADDRESS_CHARS]) if isinstance(named, str) and named else None
+    if code == grpc.StatusCode.UNAVAILABLE:
+        what = "the connection to the cloud was lost" if hint is None else "the cloud cannot serve now"
+        return SessionError(f"{what} ({details})", code, hint, successor)
+    return SessionError(f"the cloud refused ({code.name}): {details}", code, hint, successor)
 
 
 async def end(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> None:

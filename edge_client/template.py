@@ -14,7 +14,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from edge_client.template_filters import FILTERS, TESTS
-from edge_client.template_run import KNOWN, Run, Scope
+from edge_client.template_run import KNOWN, LoopControl, Run, Scope
 from edge_client.template_values import Budget, Namespace, TemplateError, text
 
 __all__ = ["ChatTemplate", "TemplateError"]
@@ -86,6 +86,8 @@ class ChatTemplate:
             run.body(self._tree.body, scope)
         except RecursionError:
             raise TemplateError("recurses too deeply") from None
+        except LoopControl:
+            raise TemplateError("break or continue outside of a loop") from None
         except TemplateError:
             raise
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:

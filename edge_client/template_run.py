@@ -13,12 +13,16 @@ from edge_client.template_values import UNDEFINED, Budget, Namespace, TemplateEr
 MAX_MACRO_DEPTH = 16
 
 
-class _Break(Exception):
-    """Signals a ``{% break %}`` to the loop around it."""
+class LoopControl(Exception):
+    """Signals to the loop around it; there may be none."""
 
 
-class _Continue(Exception):
-    """Signals a ``{% continue %}`` to the loop around it."""
+class _Break(LoopControl):
+    """A ``{% break %}``."""
+
+
+class _Continue(LoopControl):
+    """A ``{% continue %}``."""
 
 
 class Scope:

@@ -234,6 +234,8 @@ def _growth(pattern: Any, content: str) -> float:
 
 
 def _short(token: str) -> str:
+    if not _is_unicode(token):
+        raise TokenizerError("a special token is no text (half a surrogate pair)")
     if len(token) > MAX_TOKEN_CHARS:
         raise TokenizerError(
             f"a special token has {len(token)} characters, at most {MAX_TOKEN_CHARS} accepted"

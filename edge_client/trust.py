@@ -12,7 +12,7 @@ from typing import Any
 import platformdirs
 
 from edge_client.offer import CloudOffer
-from shared.cache import locked, replacing
+from shared.cache import locked, no_file, replacing
 from shared.edge_parts import common_parts
 from shared.fingerprint import Fingerprint, edge_digest
 from shared.plan import Plan
@@ -25,9 +25,15 @@ class TrustError(ValueError):
 
 
 def config_folder(given: Path | None = None) -> Path:
-    """Return the folder of the user's settings: ``given``, else the environment's, else the platform's."""
+    """Return the folder of the user's settings: ``given``, else the environment's, else the platform's.
+
+    Raises
+    ------
+    NotADirectoryError
+        If a file is there.
+    """
     chosen = given or os.environ.get(ENVIRONMENT_VARIABLE) or platformdirs.user_config_dir("privatelora")
-    return Path(chosen).expanduser()
+    return no_file(Path(chosen).expanduser())
 
 
 def check_known(
@@ -38,6 +44,7 @@ def check_known(
     expected: str | None = None,
     accept_new: bool = False,
     config_dir: Path | None = None,
+    remember: bool = True,
 ) -> bool:
     """Compare a cloud with what is known of it; remember it if it is new.
 
@@ -51,6 +58,8 @@ def check_known(
         Replace what was pinned.
     config_dir
         Where the pins are kept.
+    remember
+        Whether to write down what is new.
 
     Returns
     -------
@@ -91,7 +100,7 @@ def check_known(
             )
         plans = {plan.name: root} if changed else {**plans, plan.name: root}
         entry = {**({} if changed else pin), **stated, "plans": plans}
-        if entry != pin:
+        if entry != pin and remember:
             known[offer.target] = entry
             with replacing(path) as file:
                 file.write(json.dumps(known, indent=1, sort_keys=True).encode())
@@ -106,8 +115,12 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         known = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         known = None
-    if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
+    if not isinstance(known, dict) or not all(_is_pin(entry) for entry in known.values()):
         raise TrustError(f"{path} is damaged; restore it, or delete it to trust every cloud anew")
     return known
+
+
+def _is_pin(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("plans", {}), dict)

@@ -9,6 +9,7 @@ import typer
 
 from edge_client.flags import (
     AcceptNew,
+    AllowRedirect,
     AsJson,
     CacheDir,
     ClientCert,
@@ -25,6 +26,7 @@ from edge_client.flags import (
     TokenFile,
     WireDtype,
     one_line_errors,
+    repeated,
 )
 from edge_client.tune_flags import (
     EDGE_SETTINGS,
@@ -100,6 +102,7 @@ def tune(
         int | None, setting("--checkpoint-every", "Steps between checkpoints; 10 by default.")
     ] = None,
     cloud: Cloud = None,
+    allow_redirect: AllowRedirect = None,
     tls: Tls = None,
     tls_ca: TlsCa = None,
     token_file: TokenFile = None,
@@ -138,7 +141,7 @@ def tune(
             settings = _as_before(settings, saved[0], given)
         with held(job):
             _check_free(job, out, resume=resume, restart=restart, overwrite=overwrite)
-            _run(job, settings, saved, as_json=as_json)
+            _run(job, settings, saved, as_json=as_json, flags=repeated(given))
 
 
 def _tune_flags(given: dict[str, Any]) -> dict[str, Any]:
@@ -210,8 +213,14 @@ def _check_free(job: "Job", out: Path | None, *, resume: bool, restart: bool, ov
 
 
 def _run(
-    job: "Job", settings: "EdgeConfig", saved: "tuple[Identity, State] | None", *, as_json: bool
+    job: "Job",
+    settings: "EdgeConfig",
+    saved: "tuple[Identity, State] | None",
+    *,
+    as_json: bool,
+    flags: str,
 ) -> None:
+    """Tune; ``flags`` are those that a command which is suggested has to repeat."""
     from edge_client.opened import opened
     from edge_client.tune_progress import Progress
     from edge_client.tuning.rows import read_rows
@@ -236,7 +245,7 @@ def _run(
         except BaseException as error:
             progress.close()
             if job.checkpoint.is_file():
-                again = f"`privatelora-edge tune --resume --name {job.name}` goes on from there"
+                again = f"`privatelora-edge tune --resume --name {job.name}{flags}` goes on from there"
                 kept = f"kept up to step {trainer.state.step} of {trainer.total_steps}"
                 print(f"{kept}; {again}", file=sys.stderr)
             if isinstance(error, KeyboardInterrupt):
@@ -249,10 +258,12 @@ def _run(
         curve = str(outcome.curve) if outcome.curve else None
         print(json.dumps({"adapter": str(outcome.adapter), "curve": curve, **outcome.summary}))
     else:
-        _say(job, outcome)
+        _say(job, outcome, flags)
 
 
-def _say(job: "Job", outcome: "Outcome") -> None:
+def _say(job: "Job", outcome: "Outcome", flags: str) -> None:
+    import shlex
+
     from edge_client.adapters import AdapterStore
 
     numbers: dict[str, Any] = outcome.summary
@@ -270,6 +281,8 @@ def _say(job: "Job", outcome: "Outcome") -> None:
     if outcome.curve:
         print(f"loss curve: {outcome.curve}")
     if outcome.adapter.parent == AdapterStore().folder:  # it has a name
-        print(f"try it: `privatelora-edge chat --adapter {job.name}`; keep it: `adapter use {job.name}`")
+        print(f"try it: `privatelora-edge chat --adapter {job.name}{flags}`")
+        print(f"keep it: `privatelora-edge adapter use {job.name}`")
     else:
-        print("try it: `privatelora-edge chat --adapter FILE`")
+        file = shlex.quote(str(outcome.adapter.absolute()))
+        print(f"try it: `privatelora-edge chat --adapter {file}{flags}`")

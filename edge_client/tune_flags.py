@@ -7,8 +7,8 @@ import typer
 
 # Flags of such a command that are settings of `edge_client.config`; the others are of `tuning.config`.
 EDGE_SETTINGS = (
-    "cloud", "tls", "tls_ca", "token_file", "client_cert", "client_key", "plan", "wire_dtype", "dtype",
-    "device", "fingerprint", "accept_new_fingerprint", "cache_dir",
+    "cloud", "allow_redirect", "tls", "tls_ca", "token_file", "client_cert", "client_key", "plan",
+    "wire_dtype", "dtype", "device", "fingerprint", "accept_new_fingerprint", "cache_dir",
 )  # fmt: skip
 
 
@@ -19,7 +19,11 @@ def setting(flag: str, text: str, metavar: str = "N") -> Any:
 
 Data = Annotated[
     Path | None,
-    typer.Option("--data", metavar="FILE", help="JSONL of chats or completions, or plain text."),
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Required, but with --resume: JSONL of chats or completions, or plain text.",
+    ),
 ]
 BatchSize = Annotated[int | None, setting("--batch-size", "Examples a step; 16 by default.")]
 Validation = Annotated[

@@ -5,8 +5,10 @@ temporary name and renamed. A lock per name keeps two processes from making the 
 Everything in the cache can be deleted at any time when no process runs; it is made again.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,13 +25,40 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from shared.disk import DiskFullError, room_for
+
+log = logging.getLogger(__name__)
+
 ENVIRONMENT_VARIABLE = "PRIVATELORA_CACHE_DIR"
+CACHE_ADVICE = (
+    f" (all in the cache but lowrank/ is made again when it is needed), or set --cache-dir or "
+    f"{ENVIRONMENT_VARIABLE} to a folder on a disk with more"
+)
 
 
 def cache_folder(given: Path | None = None) -> Path:
-    """Return the cache folder: ``given``, else the environment's, else the platform's own."""
+    """Return the cache folder: ``given``, else the environment's, else the platform's own.
+
+    Raises
+    ------
+    NotADirectoryError
+        If a file is there.
+    """
     chosen = given or os.environ.get(ENVIRONMENT_VARIABLE) or platformdirs.user_cache_dir("privatelora")
-    return Path(chosen).expanduser()
+    return no_file(Path(chosen).expanduser())
+
+
+def no_file(folder: Path) -> Path:
+    """Return a folder's path; that it is a file's is found here, or it would look like an empty folder.
+
+    Raises
+    ------
+    NotADirectoryError
+        If a file is there.
+    """
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return folder
 
 
 def slug(text: str) -> str:
@@ -54,28 +83,36 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         return target
     with locked(target):
         if not target.is_dir():
-            draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            try:
-                fill(draft)
-                draft.rename(target)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+            with room_for(target, CACHE_ADVICE):
+                draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+                try:
+                    fill(draft)
+                    draft.rename(target)
+                finally:
+                    shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file (mode 0600) that becomes ``target`` on success and vanishes on error."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Open a temporary file (mode 0600) that becomes ``target`` on success and vanishes on error.
+
+    Raises
+    ------
+    DiskFullError
+        If there is no room for it; what ``target`` was before is unchanged.
+    """
+    with room_for(target, ""):
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -135,8 +172,11 @@ def remembered_digests(
             known.update(zip(missing, found, strict=True))
         memory.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"state": state, "digests": {label: known[label].hex() for label in known}})
-        with replacing(memory) as file:
-            file.write(text.encode())
+        try:
+            with replacing(memory) as file:
+                file.write(text.encode())
+        except DiskFullError as error:  # they are computed again next time
+            log.warning("cannot remember digests: %s", error)
     return {label: known[label] for label in digesters}
 
 

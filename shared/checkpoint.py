@@ -139,10 +139,15 @@ class Checkpoint:
             for file, group in by_file.items():
                 with safe_open(file, framework="pt") as reader:
                     for name in group:
-                        stored = reader.get_tensor(name)
+                        stored = self._read(reader, name)
                         loaded[name] = stored.to(device=device, dtype=dtype or stored.dtype, copy=True)
                         advance(self.tensors[name].size)
         return loaded
+
+    def _read(self, reader: Any, name: str) -> torch.Tensor:
+        """Return a tensor of the open file that holds it, as it is stored."""
+        found: torch.Tensor = reader.get_tensor(name)
+        return found
 
 
 def open_folder(folder: Path, model_id: str | None = None) -> Checkpoint:

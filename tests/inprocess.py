@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cloud_server.backbone import Backbone
-from cloud_server.config import EngineConfig
+from cloud_server.config.engine import EngineConfig
 from cloud_server.engine import Engine
 from cloud_server.kv_cache import KvCache
 from cloud_server.session import Limits, Session
@@ -156,15 +156,21 @@ class Cloud:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.checkpoint: Checkpoint = resolve(str(folder), progress=False)
-        self.backbone = Backbone(self.checkpoint, {plan.name: (plan, ab) for plan, ab in plans}, dtype=dtype)
-        b = self.backbone
-        self.cache = KvCache(b.geometry, b.served, kv_bytes, b.dtype, b.device)
+        served = {plan.name: (plan, ab) for plan, ab in plans}
+        self.backbone, self.cache = self.build(served, kv_bytes, dtype)
         self._config = EngineConfig(**engine or {})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._serving: asyncio.Task[None] | None = None
         self._streams: list[Stream] = []
+
+    def build(
+        self, plans: Mapping[str, tuple[Plan, LowRank]], kv_bytes: int, dtype: torch.dtype
+    ) -> tuple[Backbone, KvCache]:
+        """Return what the engine runs on."""
+        b = Backbone(self.checkpoint, plans, dtype=dtype)
+        return b, KvCache(b.geometry, b.served, kv_bytes, b.dtype, b.device)
 
     def __enter__(self) -> "Cloud":
         async def start() -> None:

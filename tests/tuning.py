@@ -5,7 +5,7 @@ mistake which both sides make would be seen.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,7 @@ def tune_directly(
     matrices: Matrices,
     head: Head,
     sequences: Sequence[Sequence[int]],
+    make: Callable[..., TuneBatch] = TuneBatch,
     **options: Any,
 ) -> tuple[float, dict[int, Tensor], Tensor]:
     """Run one batch through the cloud's maths; return the loss, dL/dM by layer and hL."""
@@ -126,7 +127,7 @@ def tune_directly(
     sent: deque[tuple[str, int, int, Tensor]] = deque()
     size = options.pop("arena_bytes", 4 << 20)
     arena = Arena(size) if size else None
-    batch = TuneBatch(backbone, plan, lengths, lambda *message: sent.append(message), arena=arena, **options)
+    batch = make(backbone, plan, lengths, lambda *message: sent.append(message), arena=arena, **options)
     batch.put("hidden", 0, 0, head.embed(sequences))
     parts: dict[tuple[str, int], list[Tensor]] = {}
     loss, hidden = 0.0, torch.empty(0)
@@ -156,6 +157,7 @@ def tune_directly(
                     batch.put("codes_gradient", source, 0, learner.codes_gradients.pop(source))
     assert batch.finished and not parts and not batch._gathered
     assert not any(piece.kept for piece in batch.pieces)
+    batch.free()
     return loss, learner.gradients, hidden
 
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from edge_client.planning.network import LINKS
 from edge_client.planning.paper import PAPER_LINK, PAPER_MODELS, estimate
+from edge_client.tables import Columns, print_rows
 
 WITH_LATENCY = tuple(link for link in LINKS.values() if link.rtt_s)
 
@@ -31,12 +31,10 @@ def document() -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     """Print a document for people."""
     console = Console(highlight=False, markup=False)
-    table = Table(title="tok/s at r = 64, every layer exchanging, batch 1", title_justify="left")
-    links = [f"{link.name}, {1e3 * link.rtt_s:g} ms" for link in WITH_LATENCY]
-    for name in ("model", "paper", "its formula", "with h0, hL", "trips", *links):
-        table.add_column(name, justify="right")
-    for model in found["models"]:
-        table.add_row(
+    links = [f"{link.name},\n{1e3 * link.rtt_s:g} ms" for link in WITH_LATENCY]
+    columns = Columns(("model", "paper", "its\nformula", "with\nh0, hL", "trips", *links))
+    rows = [
+        (
             model["name"],
             f"{model['published_tok_s']:g}",
             f"{model['reproduced']['tok_s']:.1f}",
@@ -44,7 +42,9 @@ def show(found: dict[str, Any]) -> None:
             str(model["reproduced"]["round_trips"]),
             *(f"{over['tok_s']:.2f}" for over in model["over_links"]),
         )
-    console.print(table)
+        for model in found["models"]
+    ]
+    print_rows(console, columns, rows, "tok/s at r = 64, every layer exchanging, batch 1")
     console.print(
         "The paper (arXiv 2311.14030) counts no latency: A100 80G, iPhone 13 Pro Max, fp16, 60 Mbit/s up "
         "and 100 down. Each layer exchanges one after the other, so a real link's round-trip time counts as "

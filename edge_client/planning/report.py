@@ -3,18 +3,21 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from edge_client.plain import printable
 from edge_client.planning.predict import Setting, UnknownSpeedError, predict
 from edge_client.planning.quality import known
 from edge_client.planning.recommend import recommend
 from edge_client.planning.survey import Survey
+from edge_client.tables import Columns, print_rows
 
 NOT_MEASURED = "not measured"
-COLUMNS = (
-    "plan", "tok/s", "first, s", "prefill, tok/s", "trips", "kB up", "kB down", "MiB", "GFLOP", "share", "J",
-)  # fmt: skip
+COLUMNS = Columns(
+    (
+        *("plan", "tok/s", "first,\ns", "prefill,\ntok/s", "trips", "kB up", "kB down", "MiB", "GFLOP"),
+        *("share", "J"),
+    )
+)
 
 
 def document(survey: Survey, setting: Setting, memory_bytes: int | None = None) -> dict[str, Any]:
@@ -55,18 +58,15 @@ def show(found: dict[str, Any]) -> None:
     """Print a document for people."""
     console = Console(highlight=False, markup=False)
     link = found["link"]
+    name = {"measured": "the link as measured", "given": "a link as given"}.get(link["name"], link["name"])
     console.print(
-        f"{found['cloud']} over {link['name']}: {1e3 * link['rtt_s']:.3g} ms round trip, "
+        f"{found['cloud']} over {name}: {1e3 * link['rtt_s']:.3g} ms round trip, "
         f"{_rate(link['up_bit_s'])} up, {_rate(link['down_bit_s'])} down",
         soft_wrap=True,
     )
     setting = found["setting"]
-    table = Table(title="predictions (* could be offered, is not)", title_justify="left")
-    for place, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place == 0)
-    for plan in found["plans"]:
-        edge = plan["edge"]
-        table.add_row(
+    rows = [
+        (
             printable(plan["plan"]) + ("" if plan["offered"] else " *"),
             f"{plan['decode_tok_s']:.2f}",
             f"{plan['time_to_first_token_s']:.2f}",
@@ -75,11 +75,13 @@ def show(found: dict[str, Any]) -> None:
             f"{plan['bytes_up_per_token'] / 1e3:.1f}",
             f"{plan['bytes_down_per_token'] / 1e3:.1f}",
             f"{plan['edge_memory_bytes'] / 2**20:.0f}",
-            f"{edge['flops_per_token'] / 1e9:.3f}",
-            f"{edge['backbone_share']:.0%}",
+            f"{plan['edge']['flops_per_token'] / 1e9:.3f}",
+            f"{plan['edge']['backbone_share']:.0%}",
             f"{plan['energy_per_token_j']:.2f}",
         )
-    console.print(table)
+        for plan in found["plans"]
+    ]
+    print_rows(console, COLUMNS, rows, "predictions (* could be offered, is not)")
     drafting, power = setting["drafting"], setting["power"]
     console.print(
         f"First token of {setting['prompt_tokens']} tokens; {drafting['tokens_per_step']:g} tokens a step of "

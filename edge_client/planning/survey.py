@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from edge_client import parts
+from edge_client import part_settings, parts
 from edge_client.config import EdgeConfig
 from edge_client.connection import Connection, Timeouts
 from edge_client.credentials import Credentials
@@ -56,9 +56,10 @@ class Survey:
         timeouts = Timeouts(settings.connect_timeout_s, settings.step_timeout_s)
         connection = Connection(settings.cloud, timeouts, Credentials.of(settings))
         try:
-            offer = CloudOffer.check(settings.cloud, connection.describe())
+            described = connection.describe()
+            offer = CloudOffer.check(connection.target, described)
             folder = parts.fetch_config(connection, offer.parts, settings.cache_dir)
-            config, sizes = parts.read_config(folder)
+            config, sizes = part_settings.read_config(folder)
             offered = tuple(plan for plan, _ in offer.plans.values())
             if (sizes.num_layers, sizes.hidden_size) != (offered[0].num_layers, offered[0].hidden_size):
                 raise OfferError(f"{settings.cloud}: config.json and the plans describe different models")

@@ -30,6 +30,12 @@ GROUPS = ("matrices", "first_moments", "second_moments", "best")  # of tensors, 
 LOSSES = ("train_losses", "validation_losses")
 COUNTERS = ("step", "best_step", "stale", "tokens", "seconds")
 
+# What reading a damaged file may raise: the JSON of its header can be of any shape.
+_DAMAGED = (
+    *(SafetensorError, ValidationError, KeyError, ValueError, OSError),
+    *(TypeError, IndexError, OverflowError, RecursionError),
+)
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Losses = list[tuple[int, float]]  # (step, nats per target)
 
@@ -163,7 +169,7 @@ def load_checkpoint(path: Path) -> tuple[Identity, State]:
         # into memory of their own, whose alignment, and so the bits of products, is torch's
         tensors = {name: tensor.clone() for name, tensor in load(raw).items()}
         state = _state(header, tensors)
-    except (SafetensorError, ValidationError, KeyError, ValueError, OSError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
             f"{path} is damaged, or written by another version of this program ({type(error).__name__}); "
             "begin anew with --restart"

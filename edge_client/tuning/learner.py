@@ -6,16 +6,15 @@ is sent again on a new one, and nothing of it was counted before. Knows nothing 
 """
 
 import contextlib
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import grpc
 import torch
 from torch import Tensor
 
+from edge_client.recovery import Attempts
 from edge_client.resident import Resident
 from edge_client.streams import SessionError
 from edge_client.tuning.batch import Matrices
@@ -25,15 +24,7 @@ from edge_client.tuning.loss import Head, Packed, loss_and_gradient, pack, seque
 from edge_client.tuning.stream import TuneLimits
 from edge_client.tuning.weights import SomeWeights, Weights, factors_of, joined, matrices_of
 
-Code = grpc.StatusCode
-# What a cloud that is restarted, drained, full or cut off may answer; anything else will not pass.
-PASSING = {
-    Code.OK, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED, Code.ABORTED,
-    Code.UNKNOWN, Code.INTERNAL, Code.CANCELLED,
-}  # fmt: skip
 MAX_SEQUENCES = 1024  # of one micro-batch: a cloud spends time on each, however short
-ATTEMPTS = 12
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # twice as long each time: some three minutes in all
 
 T = TypeVar("T")
 Waiting = Callable[[Exception, float], object]
@@ -92,6 +83,8 @@ class Learner:
         Waits for some seconds.
     resident
         Layers that run here, None if there are none.
+    attempts
+        Decides where and when a lost cloud is tried again, and when it is given up; one for each loss.
     """
 
     def __init__(
@@ -102,11 +95,12 @@ class Learner:
         waiting: Waiting = lambda error, seconds: None,
         sleep: Callable[[float], object] = time.sleep,
         resident: Resident | None = None,
+        attempts: Callable[[], Attempts] = Attempts.nowhere_else,
     ) -> None:
         self.head, self.embed, self.resident = head, embed, resident
         self.micro_batch_tokens = 0  # set by whoever has settled it; 0 is what the cloud takes
         self.waiting = waiting
-        self._open_stream, self._sleep = open_stream, sleep
+        self._open_stream, self._sleep, self._attempts = open_stream, sleep, attempts
         self._stream: TuningStream | None = None
 
     def limits(self) -> TuneLimits:
@@ -216,22 +210,23 @@ class Learner:
 
     def _with_stream(self, work: Callable[[TuningStream], T]) -> T:
         """Return what ``work`` returns; on a lost stream, begin it again on a new one."""
-        for attempt in range(ATTEMPTS):
+        attempts: Attempts | None = None
+        while True:
             try:
                 if self._stream is None:
                     self._stream = self._checked(self._open_stream())
                 return work(self._stream)
             except ConnectionError as error:
+                if self._stream is not None and isinstance(error, SessionError):
+                    error.note(self._stream)
                 self.close()
-                if attempt == ATTEMPTS - 1 or not may_pass(error):
-                    raise
-                seconds = wait_s(attempt, error)
+                attempts = attempts or self._attempts()
+                seconds = attempts.next_wait_s(error)
                 self.waiting(error, seconds)
             except BaseException:  # what the stream was at is unknown
                 self.close()
                 raise
             self._sleep(seconds)
-        raise AssertionError("unreachable")
 
     def _checked(self, stream: TuningStream) -> TuningStream:
         if stream.limits.max_batch_tokens < self.micro_batch_tokens:
@@ -240,18 +235,6 @@ class Learner:
                 f"to {self.micro_batch_tokens:,}: restore the cloud's setting, or begin anew with --restart"
             )
         return stream
-
-
-def may_pass(error: ConnectionError) -> bool:
-    """Whether a lost stream is worth another attempt."""
-    return not isinstance(error, SessionError) or error.code in PASSING
-
-
-def wait_s(attempt: int, error: ConnectionError) -> float:
-    """Return how long to wait before the next attempt (seconds): longer each time, never all at once."""
-    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**attempt)
-    hint = error.retry_after_s if isinstance(error, SessionError) and error.retry_after_s else 0.0
-    return max(min(hint, LONGEST_WAIT_S), longest * (0.5 + random.random() / 2))
 
 
 def embedding(embed_tokens: torch.nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from edge_client.adapters import data_folder
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.offer import CloudOffer, fingerprint_message
+from edge_client.recovery import Attempts
 from edge_client.tuning.checkpoint import (
     CheckpointError,
     Identity,
@@ -176,7 +177,7 @@ def start(
     identity = Identity(
         name=job.name,
         data=str(job.data.absolute()),
-        cloud=offer.target,
+        cloud=offer.target if model.connection is None or model.recovery is None else model.connection.cloud,
         data_digest=digest(examples),
         config=config,
         plan=plan,
@@ -217,14 +218,18 @@ def learner_for(
     offer, connection, plan = model.offer, model.connection, model.adapter.plan
     if offer is None or connection is None:
         raise ValueError("only a model made by from_cloud can be tuned")
-    fingerprint = offer.plans[plan.name][1]
+    fingerprint, recovery = offer.plans[plan.name][1], model.recovery
+    attempts = Attempts.nowhere_else if recovery is None else recovery.begin
 
     def open_stream() -> TuningStream:
-        return connection.open_tuning(plan, fingerprint_message(fingerprint), on_wire)
+        address = connection.target  # read once: another thread's recovery may move on at any time
+        if recovery is not None:  # this model's cloud may be another replica by now
+            offer.same_at(address, connection.described(address), plan)
+        return connection.open_tuning(plan, fingerprint_message(fingerprint), on_wire, address)
 
     head = Head(model.norm, model.lm_head, model.softcap)
     embed = embedding(model.embed_tokens, model.device)
-    return Learner(head, embed, open_stream, waiting, resident=model.resident)
+    return Learner(head, embed, open_stream, waiting, resident=model.resident, attempts=attempts)
 
 
 def precision_for(offer: CloudOffer) -> torch.dtype:

@@ -72,6 +72,8 @@ class TuneStream:
             )
         self.plan, self.wire_dtype = plan, wire_dtype
         self.traffic = Traffic()
+        self.address = ""  # where the cloud is
+        self.route: object | None = None  # the channel there
         self.limits = TuneLimits(0, 0)
         self._call, self._loop, self._on_close = call, loop, on_close
         self._timeout_s = message_timeout_s
@@ -155,11 +157,14 @@ class TuneStream:
 
     def close(self) -> None:
         """End the stream in order."""
-        self._on_close(self)
         if not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(end(self._call), self._loop).result(self._timeout_s)
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(self._timeout_s)
 
     # --- on the connection's thread from here on --------------------------------------------------------
+
+    async def _close(self) -> None:
+        await end(self._call)
+        self._on_close(self)
 
     async def _forward(self, batch: Batch, hidden: Tensor, forward_only: bool) -> Tensor:
         plan = self.plan

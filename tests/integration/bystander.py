@@ -50,7 +50,7 @@ class Bystander:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(60)
+        self._thread.join(300)
         assert not self._thread.is_alive(), "the bystander waits for the cloud in vain"
         if self._error is not None:
             raise self._error

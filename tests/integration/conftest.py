@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.ports import free_port
 from benchmarks.processes import CloudProcess
 from cloud_server import tokens
 from shared import lowrank
@@ -16,7 +17,15 @@ from tests.families import COMMON, build, tokenizer
 from tests.integration.bystander import Bystander
 from tests.integration.raw_edge import RawEdge
 from tests.integration.secured import Secured, certificates, started
-from tests.integration.served import TINY_PLANS, WIDE, WIDE_BLOCK_BYTES, WIDE_BLOCKS, Served
+from tests.integration.served import TINY_PLANS, WIDE, WIDE_BLOCK_BYTES, WIDE_BLOCKS, WIDE_WAIT_S, Served
+
+LONGEST = ("test_tune_runs", "test_chaos", "test_readme", "test_exact", "test_parallel", "test_recovery")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest files, so that no worker is left alone with one of them."""
+    longest = [f"{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +37,14 @@ def packaged_cloud() -> Iterator[CloudProcess]:
 
 @pytest.fixture(scope="session")
 def tiny_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Serve four tiny layers, two plans, a short grace period."""
+    """Serve four tiny layers, two plans.
+
+    The grace period is longer than a slow machine takes between two lines of a test, and shorter than
+    `settled` waits.
+    """
     folder, cache_dir = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("cache")
     _save(build("llama"), folder)
-    arguments = ["--grace-period-s", "1", "--kv-bytes", str(16 << 20), "--cache-dir", str(cache_dir)]
+    arguments = ["--grace-period-s", "30", "--kv-bytes", str(16 << 20), "--cache-dir", str(cache_dir)]
     for plan in TINY_PLANS:
         arguments += ["--plan", plan]
     with CloudProcess(str(folder), arguments=[*arguments, "--threads", "1"], log=folder / "log") as process:
@@ -48,6 +61,7 @@ def cramped_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     arguments = ["--grace-period-s", "3600", "--kv-bytes", str(WIDE_BLOCKS * WIDE_BLOCK_BYTES)]
     arguments += ["--cache-dir", str(cache_dir), "--plan", TINY_PLANS[0], "--threads", "1"]
     environment = {"PRIVATELORA_CLOUD_WRITE_TIMEOUT_S": "2"}
+    environment["PRIVATELORA_CLOUD_QUEUE__MAX_WAIT_S"] = str(WIDE_WAIT_S)
     with CloudProcess(str(folder), arguments=arguments, env=environment, log=folder / "log") as process:
         yield Served(process, folder, cache_dir)
 
@@ -69,6 +83,7 @@ def edge(tiny_cloud: Served, bystander: Bystander) -> Iterator[RawEdge]:
         assert raw.settled()
         with bystander:
             yield raw
+        raw.end_all()
         assert raw.settled(), "the KV bytes in use did not return to what they were"
     log = tiny_cloud.process.logs()
     assert "Traceback" not in log and "never retrieved" not in log, log[-3000:]
@@ -95,8 +110,10 @@ def guarded(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     certs = certificates(tmp_path_factory.mktemp("certs"))
     file = certs / "tokens.json"
     known = {name: tokens.add(file, name) for name in ("alice", "bob")}
-    secured = started(small_model, certs, "--tokens", str(file))
-    secured.tokens, secured.known = file, known
+    metrics = f"127.0.0.1:{free_port()}"
+    seen = ("--log-format", "json", "--metrics", metrics)
+    secured = started(small_model, certs, "--tokens", str(file), *seen)
+    secured.tokens, secured.known, secured.metrics = file, known, metrics
     with secured.process:
         yield secured
 

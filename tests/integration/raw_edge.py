@@ -18,7 +18,7 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 
 SERVICE = "/privatelora.v1.PrivateLoraService/"
-TIMEOUT_S = 60.0  # for a whole stream; only a server that hangs gets there
+TIMEOUT_S = 300.0  # for a whole stream; only a server that hangs gets there
 NUMPY = {pb.DTYPE_FLOAT32: "<f4", pb.DTYPE_FLOAT16: "<f2"}
 
 
@@ -53,6 +53,7 @@ class RawEdge:
             self.channel = grpc.insecure_channel(address, options=own, **options)
         else:
             self.channel = grpc.secure_channel(address, credentials, options=own, **options)
+        self._streams: list[RawStream] = []
         self.offers = {Plan.parse(o.plan_json).name: o for o in self.describe().plans}
         self.limits = self.describe().limits
 
@@ -79,14 +80,29 @@ class RawEdge:
 
     def settled(self, used: int = 0) -> bool:
         """Wait for the KV bytes in use to be ``used``; return whether they came to it."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.kv_used != used and time.monotonic() < deadline:
             time.sleep(0.05)
         return self.kv_used == used
 
-    def stream(self) -> "RawStream":
-        """Return a stream on which nothing has been said."""
-        return RawStream(self.channel)
+    def stream(self, metadata: Sequence[tuple[str, str]] = ()) -> "RawStream":
+        """Return a stream on which nothing has been said but these headers."""
+        self._streams.append(RawStream(self.channel, metadata))
+        return self._streams[-1]
+
+    def end_all(self) -> None:
+        """End in order every session that was opened here and left: nobody waits for its grace to pass."""
+        for left in self._streams.copy():
+            if left.has_ended or (hello := left.picks_up()) is None:
+                continue
+            again = self.stream()
+            again.send(hello)
+            try:
+                again.receive()
+                again.finish()
+            except grpc.RpcError as error:
+                assert error.code() is grpc.StatusCode.NOT_FOUND, error  # ended under another stream
+        self._streams.clear()
 
     def hello(self, plan: str = "r8", **changes: Any) -> pb.DecodeRequest:
         """Return a right first message, with fields changed."""
@@ -111,10 +127,11 @@ class RawEdge:
         stream.send(message)
         return stream.refused()
 
-    def resumed(self, stream: "RawStream") -> "RawStream":
+    def resumed(self, stream: "RawStream", metadata: Sequence[tuple[str, str]] = ()) -> "RawStream":
         """Open a dropped session again, as soon as the cloud has noticed that it was dropped."""
-        for _ in range(100):
-            again = self.stream()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            again = self.stream(metadata)
             again.plan = stream.plan
             again.send(self.hello(session_id=stream.opened.session_id))
             try:
@@ -132,12 +149,20 @@ class RawStream:
     plan: Plan
     opened: pb.Opened
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: Sequence[tuple[str, str]] = ()) -> None:
         self.number = 0
+        self.has_ended = False
+        self._hello: pb.DecodeRequest | None = None
+        self._session_id = b""
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
         self._call = channel.stream_stream(SERVICE + "Decode")(
-            iter(self._outbox.get, None), timeout=TIMEOUT_S
+            iter(self._outbox.get, None), timeout=TIMEOUT_S, metadata=tuple(metadata)
         )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What came before the first answer."""
+        return {key: str(value) for key, value in self._call.initial_metadata() or ()}
 
     def __enter__(self) -> "RawStream":
         return self
@@ -147,11 +172,24 @@ class RawStream:
     ) -> None:
         self.drop()
 
+    def picks_up(self) -> pb.DecodeRequest | None:
+        """Return the first message that would pick this stream's session up; None if it never had one."""
+        if self._hello is None or not self._session_id:
+            return None
+        hello = pb.DecodeRequest(open=self._hello.open)
+        hello.open.session_id = self._session_id
+        return hello
+
     def send(self, message: pb.DecodeRequest | bytes) -> None:
+        if self._hello is None and isinstance(message, pb.DecodeRequest) and message.HasField("open"):
+            self._hello = message
         self._outbox.put(message if isinstance(message, bytes) else message.SerializeToString())
 
     def receive(self) -> pb.DecodeResponse:
-        return pb.DecodeResponse.FromString(next(self._call))
+        message = pb.DecodeResponse.FromString(next(self._call))
+        if message.HasField("opened"):
+            self._session_id = message.opened.session_id
+        return message
 
     def finish(self) -> None:
         """End the stream in order and wait for the cloud to agree."""
@@ -159,6 +197,7 @@ class RawStream:
         for _ in self._call:
             pass
         assert self._call.code() is grpc.StatusCode.OK
+        self.has_ended = True
 
     def drop(self) -> None:
         """End the stream as a broken connection would."""

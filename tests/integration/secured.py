@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Secured:
     process: CloudProcess
     certs: Path
     tokens: Path | None = None
+    metrics: str = ""  # where Prometheus is answered
     known: dict[str, str] = field(default_factory=dict, repr=False)  # tokens by name
 
     @property
@@ -66,7 +68,7 @@ def certificates(
 
 def started(model: Path, certs: Path, *arguments: str, client: str | None = None, **env: str) -> Secured:
     """Start a cloud with the server certificate in ``certs``."""
-    common = ["--kv-bytes", str(16 << 20), "--threads", "1", "--grace-period-s", "60"]
+    common = ["--kv-bytes", str(16 << 20), "--threads", "1", "--grace-period-s", "3600"]
     common += ["--plan", TINY_PLANS[0]]
     common += ["--cache-dir", str(model.with_name(f"{model.name}-cache")), "--log-level", "debug"]
     common += ["--tls-cert", str(certs / "server.pem"), "--tls-key", str(certs / "server.key"), *arguments]
@@ -77,12 +79,48 @@ def started(model: Path, certs: Path, *arguments: str, client: str | None = None
     return secured
 
 
-def edge_describe(address: str, credentials: Credentials | None = None) -> pb.DescribeResponse:
-    connection = Connection(address, Timeouts(connect_s=5.0), credentials)
+def edge_describe(
+    address: str, credentials: Credentials | None = None, connect_s: float = 60.0
+) -> pb.DescribeResponse:
+    """Ask as an edge does, which waits so long (seconds) for somebody to be there."""
+    connection = Connection(address, Timeouts(connect_s=connect_s), credentials)
     try:
         return connection.describe()
     finally:
         connection.close()
+
+
+class Impostor:
+    """A server with a certificate of a test's choice, which counts what is called.
+
+    It may be in clear (no ``certs``), or ask for certificates of the same CA.
+    """
+
+    def __init__(self, certs: Path | None, *, asks: bool = False) -> None:
+        self.calls = 0
+        impostor = self
+
+        class Count(grpc.GenericRpcHandler):
+            def service(self, _: grpc.HandlerCallDetails) -> None:
+                impostor.calls += 1
+
+        self._server = grpc.server(ThreadPoolExecutor(1))
+        self._server.add_generic_rpc_handlers((Count(),))
+        if certs is None:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            pair = ((certs / "server.key").read_bytes(), (certs / "server.pem").read_bytes())
+            ca = (certs / "ca.pem").read_bytes() if asks else None
+            keys = grpc.ssl_server_credentials([pair], ca, require_client_auth=asks)
+            port = self._server.add_secure_port("127.0.0.1:0", keys)
+        self.address = f"127.0.0.1:{port}"
+
+    def __enter__(self) -> "Impostor":
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
 
 
 class Relay:
@@ -102,6 +140,14 @@ class Relay:
 
     def __exit__(self, *_: object) -> None:
         for end in (self._listener, *self._open):
+            end.close()
+
+    def cut(self) -> None:
+        """Cut every connection there is; new ones are relayed."""
+        ends, self._open = self._open, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
             end.close()
 
     def _accept(self) -> None:

@@ -14,6 +14,7 @@ WIDE = {"hidden_size": 1024, "num_hidden_layers": 1, "head_dim": 8, "num_attenti
 BLOCK_TOKENS = 32  # stated here anew: a test that imported it would not notice a change
 WIDE_BLOCK_BYTES = 2 * 8 * 4 * BLOCK_TOKENS  # k and v of one layer, one head of 8, float32
 WIDE_BLOCKS = 128
+WIDE_WAIT_S = 6  # who does not fit waits so long: a test that looks for somebody who waits must find it
 
 
 @dataclass(frozen=True)

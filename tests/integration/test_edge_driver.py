@@ -10,6 +10,8 @@ from benchmarks.processes import ProcessError
 from tests.families import prompts
 from tests.integration.served import Served
 
+pytestmark = pytest.mark.alone
+
 PROMPT = prompts(1)[0]
 NEAR = Preset(name="near", rtt_ms=10, up_mbit_s=50, down_mbit_s=50)
 

@@ -138,7 +138,7 @@ def test_a_token_costs_what_the_readmes_formula_says(both: Both) -> None:
 
 
 def test_a_streamer_streams_what_generate_returns(both: Both, expected: list[Greedy]) -> None:
-    streamer = TextIteratorStreamer(both.edge.tokenizer, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(both.edge.tokenizer, skip_prompt=True, timeout=300)
     options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     thread = Thread(target=both.edge.generate, args=(both.ids(),), kwargs={**options, "streamer": streamer})
     thread.start()

@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
-from tests.integration.raw_edge import RawEdge
+from tests.integration.raw_edge import TIMEOUT_S, RawEdge
 
 Code = grpc.StatusCode
 HIDDEN, WIDTH = 48, 24  # of the tiny model and its plan r8
@@ -26,7 +26,7 @@ def test_bytes_that_are_no_message(edge: RawEdge) -> None:
     for method in ("Describe", "FetchEdgeParts"):
         call = edge.channel.unary_stream(f"/privatelora.v1.PrivateLoraService/{method}")
         with pytest.raises(grpc.RpcError) as error:
-            list(call(b"\xff\xff\xff", timeout=10))
+            list(call(b"\xff\xff\xff", timeout=TIMEOUT_S))
         assert error.value.code() is Code.INVALID_ARGUMENT
 
 

@@ -79,12 +79,33 @@ def test_a_dropped_session_resumes_within_its_grace(edge: RawEdge) -> None:
 def test_a_session_id_that_is_not_there(edge: RawEdge) -> None:
     live = edge.open()
     live.run([(0, 0, 4, 1)])
-    for session_id in (b"\0" * 16, b"x" * 1000, live.opened.session_id):  # the last one is connected
+    for session_id in (b"\0" * 16, b"x" * 1000, live.opened.session_id[:-1]):
         end = edge.hello_refused(edge.hello(session_id=session_id))
         assert end.code is Code.NOT_FOUND
         assert "open a new one and replay" in end.message
     assert np.isfinite(live.run([(0, 4, 1, 1)])).all()
     live.finish()
+
+
+def test_an_edge_whose_link_was_cut_takes_its_session_over(edge: RawEdge) -> None:
+    """It knows of the cut long before the cloud does; the old stream ends, what was written stays."""
+    h0 = np.random.default_rng(6).normal(size=(12, HIDDEN))
+    whole = edge.open()
+    expected = whole.run([(0, 0, 12, 12)], h0)
+    whole.finish()
+
+    old = edge.open()
+    start = old.run([(0, 0, 8, 8)], h0[:8])
+    old.step([(0, 8, 4, 4)], h0[8:])
+    assert old.receive().codes.layer == 0
+    new = edge.open(session_id=old.opened.session_id)
+    assert list(new.opened.row_lengths) == [8] and new.opened.last_step == old.number
+    end = old.refused()
+    assert end.code is Code.DEADLINE_EXCEEDED and "picked up by another stream" in end.message
+    new.number = old.number
+    rest = new.run([(0, 8, 4, 4)], h0[8:])
+    np.testing.assert_allclose(np.concatenate([start, rest]), expected, atol=1e-3)
+    new.finish()
 
 
 def test_a_dropped_session_of_another_plan(edge: RawEdge) -> None:

@@ -1,4 +1,4 @@
-"""A cloud with little patience: sessions whose edge says nothing are cut off."""
+"""A cloud with little patience: sessions and tuning runs whose edge says nothing are cut off."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,10 @@ import grpc
 import pytest
 
 from benchmarks.processes import CloudProcess
+from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from tests.families import build, tokenizer
 from tests.integration.raw_edge import RawEdge
+from tests.integration.raw_tune import RawTune
 from tests.integration.served import TINY_PLANS
 
 Code = grpc.StatusCode
@@ -16,11 +18,11 @@ Code = grpc.StatusCode
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> Iterator[CloudProcess]:
-    """Serve with a second's patience, and hold dropped sessions for another."""
+    """Serve with five seconds of patience, and hold dropped sessions for one."""
     build("llama").save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     arguments = ["--grace-period-s", "1", "--cache-dir", str(tmp_path / "cache"), "--plan", TINY_PLANS[0]]
-    environment = {"PRIVATELORA_CLOUD_IDLE_TIMEOUT_S": "1"}
+    environment = {"PRIVATELORA_CLOUD_IDLE_TIMEOUT_S": "5", "PRIVATELORA_CLOUD_TUNING__IDLE_TIMEOUT_S": "5"}
     with CloudProcess(
         str(tmp_path / "model"), arguments=[*arguments, "--threads", "1"], env=environment,
         log=tmp_path / "log",
@@ -36,9 +38,14 @@ def test_an_edge_that_says_nothing_is_cut_off_and_its_memory_freed(impatient: Cl
         waiting.step([(0, 0, 8, 1)])  # and never answers the codes
         assert edge.kv_used > 0
         end = silent.refused()
-        assert end.code is Code.DEADLINE_EXCEEDED and "said nothing for 1 s" in end.message, end
+        assert end.code is Code.DEADLINE_EXCEEDED and "said nothing for 5 s" in end.message, end
         assert waiting.receive().HasField("codes")
         end = waiting.refused()
-        assert end.code is Code.DEADLINE_EXCEEDED and "said nothing for 1 s" in end.message, end
+        assert end.code is Code.DEADLINE_EXCEEDED and "said nothing for 5 s" in end.message, end
         assert edge.settled(), "the KV cache of a session that was cut off is held for ever"
         assert edge.open().run([(0, 0, 4, 1)]).shape[0] == 1, "the cloud should serve on"
+
+        with RawTune(edge, "r8", pb.DTYPE_FLOAT32).open() as silent_run:
+            silent_run.begin([3])
+            end = silent_run.refused()
+            assert end.code is Code.DEADLINE_EXCEEDED and "said nothing for 5 seconds" in end.message, end

@@ -4,6 +4,7 @@ No test bounds a time from above: a slow machine may be late, the link may never
 """
 
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from tests.integration.link_sides import (
 )
 from tests.integration.served import TINY_PLANS, Served
 
+pytestmark = pytest.mark.alone
+
 RTT_S, UP_BYTES_S, DOWN_BYTES_S = 0.030, 1e6, 2e6
 PAYLOAD = 300_000  # bytes: 0.3 s up, 0.15 s down
 
@@ -45,6 +48,16 @@ def test_bytes_arrive_both_ways_and_never_too_early(kind: Any) -> None:
     assert taken["received"] >= PAYLOAD and taken["whole_s"] >= RTT_S + PAYLOAD / DOWN_BYTES_S
     assert counted["up"]["bytes"] > PAYLOAD and counted["down"]["bytes"] > 2 * PAYLOAD
     assert counted["up"]["packets"] >= PAYLOAD / 1500
+
+
+@needs_namespaces
+@pytest.mark.parametrize("keeps", [False, True])
+def test_hosts_keep_their_window_through_a_pause_only_if_asked(keeps: bool) -> None:
+    with Link(SLOW.model_copy(update={"keeps_window": keeps}), "namespaces", check=False) as link:
+        for prefix in (link.cloud_prefix, link.edge_prefix):
+            setting = ["cat", "/proc/sys/net/ipv4/tcp_slow_start_after_idle"]
+            found = subprocess.run([*prefix, *setting], capture_output=True, text=True, check=True).stdout
+            assert int(found) == (0 if keeps else 1)
 
 
 @either_kind

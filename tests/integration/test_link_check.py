@@ -9,6 +9,8 @@ from benchmarks.link import PRESETS, Link, LinkError, Preset
 from benchmarks.link_check import deviations
 from tests.integration.link_sides import LACKING, SLOW
 
+pytestmark = pytest.mark.alone
+
 
 def test_loopback_joins_nothing() -> None:
     with Link(PRESETS["loopback"], check=False) as link:

@@ -15,6 +15,8 @@ from benchmarks.link import Link, LinkError
 from benchmarks.processes import ROOT
 from tests.integration.link_sides import GONE_S, SLOW, becomes_true, namespaces, needs_namespaces, runs
 
+pytestmark = pytest.mark.alone
+
 
 class Ordinary(Exception):
     pass

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.processes import edge_json, run_edge
-from cloud_server.config import plan_config
+from cloud_server.config.plans import plan_config
 from cloud_server.server import plan_of
 from edge_client.wire_cost import wire_cost
 from shared.adapter import Adapter

@@ -16,7 +16,7 @@ PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 ADDRESS = "127.0.0.1:50051"
 
 
-def _run(*arguments: str, timeout_s: float = 280) -> str:
+def _run(*arguments: str, timeout_s: float = 800) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

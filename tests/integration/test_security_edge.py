@@ -1,16 +1,14 @@
 """What an edge refuses: a cloud whose certificate is not right is told nothing, no token above all."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import pytest
 
 from benchmarks.processes import edge_json
 from edge_client.config import EdgeConfig
 from edge_client.connection import CloudConnectionError
 from edge_client.credentials import Credentials
-from tests.integration.secured import Secured, certificates, edge_describe
+from tests.integration.secured import Impostor, Secured, certificates, edge_describe
 
 
 def test_an_edge_with_its_token_is_let_in(shut: Secured, tmp_path: Path) -> None:
@@ -56,28 +54,3 @@ def test_a_server_certificate_of_another_ca_or_an_expired_one(guarded: Secured, 
             with pytest.raises(CloudConnectionError, match="certificate"):
                 edge_describe(impostor.address, Credentials(tls=True, roots=roots.read_bytes(), token=token))
             assert impostor.calls == 0
-
-
-class Impostor:
-    """A server with a certificate of a test's choice, which counts what is called."""
-
-    def __init__(self, certs: Path) -> None:
-        self.calls = 0
-        impostor = self
-
-        class Count(grpc.GenericRpcHandler):
-            def service(self, _: grpc.HandlerCallDetails) -> None:
-                impostor.calls += 1
-
-        self._server = grpc.server(ThreadPoolExecutor(1))
-        self._server.add_generic_rpc_handlers((Count(),))
-        pair = ((certs / "server.key").read_bytes(), (certs / "server.pem").read_bytes())
-        port = self._server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
-        self.address = f"127.0.0.1:{port}"
-
-    def __enter__(self) -> "Impostor":
-        self._server.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stop(None).wait()

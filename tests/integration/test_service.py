@@ -24,7 +24,9 @@ SERVICE = "privatelora.v1.PrivateLoraService"
 @pytest.fixture(scope="module")
 def edge(tiny_cloud: Served):
     with tiny_cloud.raw() as raw:
+        assert raw.settled()
         yield raw
+        raw.end_all()
 
 
 def test_describe(edge: RawEdge, tiny_cloud: Served) -> None:
@@ -34,7 +36,7 @@ def test_describe(edge: RawEdge, tiny_cloud: Served) -> None:
     assert said.kv_bytes_used == 0 and 15 << 20 < said.kv_bytes_total <= 16 << 20
     limits = said.limits
     assert (limits.max_context_tokens, limits.max_step_tokens, limits.max_rows) == (512, 512, 64)
-    assert limits.max_steps_in_flight == 8 and limits.grace_period_ms == 1000
+    assert limits.max_steps_in_flight == 8 and limits.grace_period_ms == 30_000
     plans = [Plan.parse(offer.plan_json) for offer in said.plans]
     assert [plan.name for plan in plans] == ["r8", "fused"]
     assert plans[1].exchange_layers == (1, 3) and plans[1].layout == "fused" and plans[1].r_d2c == 9

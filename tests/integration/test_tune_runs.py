@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -30,6 +31,7 @@ from tests.tuning import InDouble
 from tests.unit.tuning_fake import direct_loss, examples
 
 STEPS = 20
+PATIENCE_S = 600.0  # with what must come about; it takes seconds
 SETTINGS = (
     *("--plan", "r8", "--steps", str(STEPS), "--batch-size", "4", "--lr", "0.02", "--validate-every", "4"),
     *("--patience", "0", "--checkpoint-every", "2", "--validation", "0.2"),
@@ -58,23 +60,27 @@ class Tuning:
             file.write_text("\n".join(map(json.dumps, rows)))
         return file
 
-    def arguments(self, name: str) -> list[str]:
-        return ["tune", "--cloud", self.process.address, "--data", str(self.data), "--name", name, *SETTINGS]
+    def arguments(self, name: str, cloud: str | None = None) -> list[str]:
+        cloud = cloud or self.process.address
+        return ["tune", "--cloud", cloud, "--data", str(self.data), "--name", name, *SETTINGS]
 
-    def background(self, name: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            edge_command(*self.arguments(name)), cwd=ROOT, env=child_environment(self.env), text=True,
+    def halted(self, name: str, step: int, cloud: str | None = None) -> subprocess.Popen[str]:
+        """Start a run and return it halted in the middle of the step after ``step``, until SIGCONT."""
+        command = edge_command(*self.arguments(name, cloud))
+        at = command.index("edge_client.cli")
+        command[at : at + 1] = ["tests.integration.halting_edge", str(step)]
+        edge = subprocess.Popen(
+            command, cwd=ROOT, env=child_environment(self.env), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-
-    def wait_for_step(self, name: str, step: int, edge: subprocess.Popen[str]) -> None:
-        """Wait until a checkpoint of ``step`` or later is there."""
-        path = self.home / "data" / "runs" / name / "checkpoint.safetensors"
-        deadline = time.monotonic() + 120
-        while not path.exists() or load_checkpoint(path)[1].step < step:
+        deadline = time.monotonic() + PATIENCE_S
+        while psutil.Process(edge.pid).status() != psutil.STATUS_STOPPED:
             assert edge.poll() is None, edge.communicate()[0]
             assert time.monotonic() < deadline, "the run does not get on"
-            time.sleep(0.002)
+            time.sleep(0.01)
+        path = self.home / "data" / "runs" / name / "checkpoint.safetensors"
+        assert load_checkpoint(path)[1].step == step
+        return edge
 
     def path(self, name: str) -> Path:
         return self.home / "data" / "adapters" / f"{name}.safetensors"
@@ -187,8 +193,7 @@ def test_a_tuned_adapter_changes_what_is_said(tuning: Tuning, whole: Matrices) -
 @pytest.mark.parametrize("step", [0, 6])
 def test_an_edge_killed_and_resumed_ends_at_the_same_bits(tuning: Tuning, whole: Matrices, step: int) -> None:
     name = f"killed-{step}"
-    edge = tuning.background(name)
-    tuning.wait_for_step(name, step, edge)
+    edge = tuning.halted(name, step)
     edge.send_signal(signal.SIGKILL)
     edge.communicate()
     assert not tuning.path(name).exists()
@@ -199,10 +204,10 @@ def test_an_edge_killed_and_resumed_ends_at_the_same_bits(tuning: Tuning, whole:
 def test_ctrl_c_says_how_to_go_on_but_not_with_another_model(
     tuning: Tuning, whole: Matrices, tmp_path: Path
 ) -> None:
-    edge = tuning.background("stopped")
-    tuning.wait_for_step("stopped", 2, edge)
+    edge = tuning.halted("stopped", 2)
     edge.send_signal(signal.SIGINT)
-    said, _ = edge.communicate(timeout=60)
+    edge.send_signal(signal.SIGCONT)
+    said, _ = edge.communicate(timeout=PATIENCE_S)
     assert edge.returncode == 130 and "tune --resume --name stopped" in said, said
     with serve(tmp_path, seed=99) as other:
         refused = run_edge("tune", "--resume", "--cloud", other.address, env=tuning.env)
@@ -217,13 +222,31 @@ def test_a_cloud_killed_and_restarted_changes_nothing(
     tuning: Tuning, whole: Matrices, how: signal.Signals
 ) -> None:
     name = f"restarted-{how.name.lower()}"
-    edge = tuning.background(name)
-    tuning.wait_for_step(name, 4, edge)
+    edge = tuning.halted(name, 4)
     os.kill(tuning.process.pid, how)
+    edge.send_signal(signal.SIGCONT)
     tuning.process.stop()
     tuning.process.start()
-    said, _ = edge.communicate(timeout=120)
+    said, _ = edge.communicate(timeout=PATIENCE_S)
     assert edge.returncode == 0, said
     # asked to end, a cloud lets what is under way go on for a while
     assert how is signal.SIGTERM or "trying again in" in said, said
     assert equal(tuning.matrices(name), whole)
+
+
+def test_of_two_clouds_one_killed_in_a_step_changes_nothing(tuning: Tuning, whole: Matrices) -> None:
+    """The first to be asked is the one that is killed; what it had begun is done by the other."""
+    model, cache = (
+        tuning.process.command[tuning.process.command.index("--model") + 1],
+        tuning.process.log.parent,
+    )
+    arguments = ["--cache-dir", str(cache / "cache"), "--threads", "1", "--plan", TINY_PLANS[0]]
+    log = cache / "log-first"
+    with CloudProcess(model, arguments=arguments, log=log) as first:
+        edge = tuning.halted("replicas", 4, f"{first.address},{tuning.process.address}")
+        first.kill()
+        edge.send_signal(signal.SIGCONT)
+        said, _ = edge.communicate(timeout=PATIENCE_S)
+    assert edge.returncode == 0, said
+    assert "trying again in" in said, "the run was over before the cloud was killed"
+    assert equal(tuning.matrices("replicas"), whole)

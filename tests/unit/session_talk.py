@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cloud_server.kv_cache import BLOCK_TOKENS, KvCache
-from cloud_server.session import Limits, Refusal, Session
+from cloud_server.refusal import Refusal
+from cloud_server.session import Limits, Session
 from cloud_server.step import Step
 from shared import wire
 from shared.families import geometry

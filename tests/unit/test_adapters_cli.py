@@ -64,6 +64,14 @@ def test_a_narrow_terminal_cuts_no_fingerprint_short(store):
     assert facts[0]["fingerprint"][:12] in shown and "\u2026" not in shown
 
 
+def test_a_narrow_terminal_cuts_no_name_in_two(store):
+    put(store, "x" * 40)
+    facts = json.loads(run("list", "--json").stdout)[0]
+    shown = CliRunner().invoke(cli.app, ["adapter", "list"], env={"COLUMNS": "50"}).stdout
+    for kept in (facts["name"], facts["backbone"], facts["plan"], facts["created"][:10]):
+        assert kept in shown
+
+
 # --- names and files ------------------------------------------------------------------------------------
 
 

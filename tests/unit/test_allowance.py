@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from cloud_server.allowance import Allowance, Allowances
-from cloud_server.config import IdentityLimits
-from cloud_server.session import Refusal
+from cloud_server.config.identity import IdentityLimits
+from cloud_server.refusal import Refusal
 
 
 class Clock:
@@ -114,6 +114,8 @@ def test_sessions_make_room_for_their_own() -> None:
 
     mine.admit_session(make_room)
     assert len(asked) == 1
+    with pytest.raises(Refusal, match="2 sessions at a time"):
+        mine.admit_session(lambda: False, opening=1)
     mine.sessions.add(session())
     with pytest.raises(Refusal, match="2 sessions at a time") as refused:
         mine.admit_session(lambda: False)
@@ -124,6 +126,23 @@ def test_tuning_can_be_forbidden() -> None:
     mine, _ = allowed(max_tuning_streams=0)
     with pytest.raises(Refusal, match="0 tuning streams"):
         mine.admit_tuning()
+
+
+def test_tuning_memory_and_fetches_are_counted() -> None:
+    mine, _ = allowed(max_tuning_bytes=100, max_fetches=2)
+    mine.take_tuning(60)
+    with pytest.raises(Refusal, match="100 bytes for tuning batches") as refused:
+        mine.take_tuning(41)
+    assert (
+        refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED and refused.value.retry_after_s is not None
+    )
+    mine.take_tuning(40)
+    mine.tuning_bytes -= 60
+    mine.take_tuning(60)
+    mine.admit_fetch()
+    mine.fetches = 2
+    with pytest.raises(Refusal, match="2 fetches of parts at a time"):
+        mine.admit_fetch()
 
 
 def test_each_identity_has_its_own() -> None:

@@ -11,7 +11,8 @@ import tiny_checkpoint as tiny
 from typer.testing import CliRunner
 
 from cloud_server import cli
-from cloud_server.config import CloudConfig, PlanConfig, plan_config
+from cloud_server.config.cloud import CloudConfig
+from cloud_server.config.plans import PlanConfig, plan_config
 from cloud_server.server import plan_of, serve
 from edge_client import cli as edge_cli
 from shared.checkpoint import open_folder
@@ -31,6 +32,23 @@ def test_a_taken_port_is_found_before_the_model_is_looked_for():
             start(listen=listen)
 
 
+@pytest.mark.parametrize(
+    ("setting", "what"), [("metrics", "cannot serve metrics on"), ("health", "cannot answer probes on")]
+)
+def test_other_taken_ports_are_found_as_early(setting, what):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(OSError, match=f"{what} {address}: the port is taken"):
+            start(listen="127.0.0.1:0", **{setting: address})
+
+
+def test_one_port_has_one_purpose():
+    with pytest.raises(ValueError, match="--listen and --health are both 127.0.0.1:5: give each a port"):
+        start(listen="127.0.0.1:5", health="127.0.0.1:5")
+    with pytest.raises(ValueError, match=NOWHERE):
+        start(listen="127.0.0.1:0", health="127.0.0.1:0", metrics="off")
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_is_not_there_is_found_before_the_model_is_looked_for(device):
     with pytest.raises(ValueError, match=f"cannot compute on device '{device}': "):
@@ -41,6 +59,27 @@ def test_a_device_that_is_not_there_is_found_before_the_model_is_looked_for(devi
 def test_a_free_address_is_not_in_the_way(listen):
     with pytest.raises(ValueError, match=NOWHERE):
         start(listen=listen, allow_plaintext=True, allow_anonymous=True)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:65536", "127.0.0.1:99999", "127.0.0.1", "127.0.0.1:http", ""])
+@pytest.mark.parametrize("setting", ["listen", "health"])
+def test_a_port_that_is_none_is_refused_and_not_taken_modulo_65536(setting, address):
+    told = CliRunner().invoke(cli.app, ["serve", f"--{setting}", address, "--model", NOWHERE])
+    assert told.exit_code == 2 and f"setting {setting}: " in told.stderr and "HOST:PORT" in told.stderr
+
+
+def test_who_was_cut_off_is_told_by_the_status_alone(monkeypatch):
+    def stopped_at_once(settings: CloudConfig) -> None:
+        raise cli.typer.Exit(1)
+
+    monkeypatch.setattr(cli, "_run", stopped_at_once)
+    told = CliRunner().invoke(cli.app, ["serve"])
+    assert told.exit_code == 1 and "error" not in told.output
+
+
+def test_more_threads_than_any_machine_has_are_refused():
+    told = CliRunner().invoke(cli.app, ["serve", "--threads", "1000000", "--model", NOWHERE])
+    assert told.exit_code == 2 and "setting threads: " in told.stderr
 
 
 def test_an_environment_with_the_edge_only_is_told_what_it_lacks(monkeypatch):

@@ -127,6 +127,9 @@ def test_a_link_may_be_named_by_its_round_trip():
     swept, wan = link_named("rtt160"), PRESETS["wan"]
     assert (swept.rtt_ms, swept.up_mbit_s, swept.down_mbit_s) == (160, wan.up_mbit_s, wan.down_mbit_s)
     assert link_named("5g") is PRESETS["5g"]
-    for wrong in ("rtt", "rtt-5", "rtt5ms", "moon"):
+    kept = link_named("wan+window")
+    assert kept == wan.model_copy(update={"name": "wan+window", "keeps_window": True})
+    assert link_named("rtt40+window").rtt_ms == 40 and not wan.keeps_window
+    for wrong in ("rtt", "+window", "rtt-5", "rtt5ms", "moon"):
         with pytest.raises(LinkError, match="no link is called"):
             link_named(wrong)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edge_client import parts, trust
+from edge_client import part_settings, part_tensors, parts, trust
 from edge_client.offer import CloudOffer, OfferError
 from edge_client.shell import build_shell
 from edge_client.template import TemplateError
@@ -61,13 +61,13 @@ def test_parts_are_fetched_once_and_give_the_model(manifest, tmp_path):
     again = Source(manifest)
     assert parts.fetch(again, manifest, tmp_path, progress=False) == folder and again.asked == []
 
-    config, sizes = parts.read_config(folder)
-    shell = build_shell(config, parts.read_tensors(folder, sizes), "cpu", torch.float32)
+    config, sizes = part_settings.read_config(folder)
+    shell = build_shell(config, part_tensors.read_tensors(folder, sizes), "cpu", torch.float32)
     whole = families.build("gemma2")
     ids = torch.arange(4, 40)[None]
     assert torch.equal(shell.embed_tokens(ids), whole.model.embed_tokens(ids))
     assert shell.softcap == whole.config.final_logit_softcapping
-    assert parts.read_generation_config(folder, config).eos_token_id == whole.config.eos_token_id
+    assert part_settings.read_generation_config(folder, config).eos_token_id == whole.config.eos_token_id
     tokenizer, reference = load_tokenizer(folder, sizes.vocab_size, 512), families.tokenizer()
     for text in ("Hello\n wörld <eos>", "", "x" * 300):
         assert tokenizer(text)["input_ids"] == reference(text)["input_ids"]
@@ -176,11 +176,11 @@ def config_with(folder, manifest, **changes):
 )
 def test_hostile_configurations_are_refused(manifest, tmp_path, changes):
     with pytest.raises(EdgePartsError):
-        parts.read_config(config_with(tmp_path, manifest, **changes))
+        part_settings.read_config(config_with(tmp_path, manifest, **changes))
 
 
 def test_bombs_in_unneeded_keys_are_not_read(manifest, tmp_path):
-    config, _ = parts.read_config(
+    config, _ = part_settings.read_config(
         config_with(
             tmp_path, manifest, num_labels=10**12, _attn_implementation="org/kernel", rope_scaling={"a": 1}
         )
@@ -190,7 +190,7 @@ def test_bombs_in_unneeded_keys_are_not_read(manifest, tmp_path):
 
 def test_shapes_are_compared_before_tensors_are_read(manifest, tmp_path):
     source = next(part.path for part in manifest if part.name == "edge.safetensors")
-    _, sizes = parts.read_config(config_with(tmp_path, manifest))
+    _, sizes = part_settings.read_config(config_with(tmp_path, manifest))
     tensors = load_file(source)
     bad = {
         "missing": {k: v for k, v in tensors.items() if "norm" not in k},
@@ -201,11 +201,11 @@ def test_shapes_are_compared_before_tensors_are_read(manifest, tmp_path):
     for content in bad.values():
         save_file(content, tmp_path / "edge.safetensors")
         with pytest.raises(EdgePartsError):
-            parts.read_tensors(tmp_path, sizes)
+            part_tensors.read_tensors(tmp_path, sizes)
     header = json.dumps({"norm.weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
     (tmp_path / "edge.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
     with pytest.raises(EdgePartsError):
-        parts.read_tensors(tmp_path, sizes)
+        part_tensors.read_tensors(tmp_path, sizes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -242,14 +242,14 @@ def test_weights_must_be_finite_in_what_this_side_computes_in(stored, dtype, val
     "changes", [{"temperature": -1}, {"top_p": "x"}, {"eos_token_id": [-5]}, {"auto_map": {"a": 1}}]
 )
 def test_hostile_generation_configs_are_refused(manifest, tmp_path, changes):
-    config, _ = parts.read_config(config_with(tmp_path, manifest))
+    config, _ = part_settings.read_config(config_with(tmp_path, manifest))
     (tmp_path / "generation_config.json").write_text(json.dumps(changes))
     with pytest.raises(EdgePartsError):
-        parts.read_generation_config(tmp_path, config)
+        part_settings.read_generation_config(tmp_path, config)
 
 
 def test_unlisted_generation_settings_are_ignored(manifest, tmp_path):
-    config, _ = parts.read_config(config_with(tmp_path, manifest))
+    config, _ = part_settings.read_config(config_with(tmp_path, manifest))
     given = {
         "num_beams": 10**9,
         "custom_generate": "org/evil",
@@ -258,7 +258,7 @@ def test_unlisted_generation_settings_are_ignored(manifest, tmp_path):
         "eos_token_id": [2, 3],
     }
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
-    found = parts.read_generation_config(tmp_path, config)
+    found = part_settings.read_generation_config(tmp_path, config)
     assert found.temperature == 0.6 and found.eos_token_id == [2, 3] and found.num_beams != 10**9
     assert getattr(found, "custom_generate", None) is None
 
@@ -417,6 +417,24 @@ def test_adapters_are_compared_by_part(manifest):
         offer.adapter_for(None, Adapter.zeros(other, print_))
     with pytest.raises(AdapterError, match="exactly one plan"):
         offer.adapter_for(other, own)
+
+
+def test_a_plans_name_may_lack_its_rank_where_one_plan_is_meant(manifest):
+    message = response(manifest, name="one-trip-r64")
+    assert CloudOffer.check("cloud:1", message).plan("one-trip")[0].name == "one-trip-r64"
+    for more in ("one-trip-shared-r64", "one-trip-r64-2", "one-trip-rest"):
+        message.plans.extend(response(manifest, name=more).plans)
+    offer = CloudOffer.check("cloud:1", message)
+    assert offer.plan("one-trip")[0].name == "one-trip-r64"
+    assert offer.plan("one-trip-shared")[0].name == "one-trip-shared-r64"
+    for none in ("one", "one-trip-r", "one.trip", "-r64", ""):
+        with pytest.raises(OfferError, match="offers no plan"):
+            offer.plan(none)
+    message.plans.extend(response(manifest, name="one-trip-r16").plans)
+    with pytest.raises(OfferError, match="offers no plan 'one-trip'; it offers: .*one-trip-r16"):
+        CloudOffer.check("cloud:1", message).plan("one-trip")
+    message.plans.extend(response(manifest, name="one-trip").plans)
+    assert CloudOffer.check("cloud:1", message).plan("one-trip")[0].name == "one-trip"
 
 
 def test_first_use_pins_and_a_change_is_refused(manifest, tmp_path):

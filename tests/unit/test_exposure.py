@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cloud_server import cli
-from cloud_server.config import CloudConfig, load_config
+from cloud_server.config.cloud import CloudConfig
+from cloud_server.config.reading import load_config
 from cloud_server.exposure import check_exposure, is_local
 
 FILE = Path("any.pem")

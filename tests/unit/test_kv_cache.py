@@ -131,6 +131,20 @@ def test_crop_frees_blocks_that_hold_nothing() -> None:
         assert row.written == length
 
 
+def test_crop_leaves_the_blocks_that_are_about_to_be_written_again() -> None:
+    cache, row = new_cache(), Row()
+    write(cache, row, 0, [float(i) for i in range(100)])
+    before = list(row.blocks)
+    cache.crop(row, 10, 64)
+    assert row.blocks == before[:2] and row.length == row.written == 10
+    assert cache.blocks_needed(row, 10, 64) == 0 and cache.blocks_needed(row, 10, 65) == 1
+    twin = cache.fork(row)
+    assert cache.blocks_needed(row, 10, 64) == 2, "what is shared is copied before it is written"
+    cache.free(twin)
+    cache.free(row)
+    assert cache.bytes_used == 0
+
+
 def test_forks_share_until_one_writes() -> None:
     cache, row = new_cache(), Row()
     write(cache, row, 0, [float(i) for i in range(40)])

@@ -315,6 +315,14 @@ def test_pip_failure_says_what_to_do(tmp_path, monkeypatch):
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
+def gguf(*pairs):
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs) + bytes(64)
+
+
+def pair(key, kind, value):
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -324,7 +332,16 @@ def test_pip_failure_says_what_to_do(tmp_path, monkeypatch):
         (b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "version 99"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0) + bytes(100), "announces"),
         (b"GGUF" + struct.pack("<IQQ", 3, 9, 9) + bytes(10), "announces"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\xff" * 200, "cannot be read as a model"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\xff" * 200, "ends beyond the file"),
+        (gguf(pair("a", 9, struct.pack("<IQ", 0, 1 << 60))), "ends beyond the file"),  # an array of bytes
+        (gguf(pair("a", 9, struct.pack("<IQ", 8, 1 << 60))), "ends beyond the file"),  # of texts
+        (gguf(pair("a", 9, struct.pack("<IQ", 9, 1) * 9)), "type 9"),
+        (gguf(pair("a", 77, b"")), "type 77"),
+        (
+            gguf(pair("llama.block_count", 4, struct.pack("<I", 1 << 31))),
+            "block_count is 2147483648; there are 0",
+        ),
+        (gguf(pair("llama.embedding_length", 4, struct.pack("<I", 1 << 31))), "at most 0 rows"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64), "cannot be read as a model"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cloud_server.config import plan_config
+from cloud_server.config.plans import plan_config
 from cloud_server.server import plan_of
 from edge_client import cli
 from edge_client.rank_report import advice, plan_rows

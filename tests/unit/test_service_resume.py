@@ -1,4 +1,4 @@
-"""Picking a dropped session up again, as the service sees it."""
+"""Picking a dropped session up again, as the reception sees it."""
 
 import time
 from contextvars import copy_context
@@ -9,10 +9,11 @@ import grpc
 import pytest
 
 from cloud_server.caller import Caller, set_caller
-from cloud_server.config import CloudConfig
+from cloud_server.config.cloud import CloudConfig
 from cloud_server.handshake import Offer, fingerprint_message
+from cloud_server.refusal import Refusal
 from cloud_server.service import Service
-from cloud_server.session import Refusal, Session
+from cloud_server.session import Session
 from shared import PROTOCOL_VERSION, wire
 from shared.fingerprint import Fingerprint, plan_digest
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -43,24 +44,24 @@ def new_service() -> Service:
 def test_the_time_that_a_session_was_dropped_is_no_silence() -> None:
     """Else it would be cut off as soon as it is back, if that time is longer than a cloud's patience."""
     service = new_service()
-    session = service._open(hello())
+    session = service.reception.open(hello())
     session.heard_at -= 10_000
     session.drop()
     before = time.monotonic()
-    again = service._open(hello(session.id))
+    again = service.reception.open(hello(session.id))
     assert again is session and again.heard_at >= before
 
 
 def test_a_session_that_is_picked_up_again_may_travel_otherwise() -> None:
     service = new_service()
-    session = service._open(hello())
+    session = service.reception.open(hello())
     assert session.wire_dtypes == WireDtypes.all(pb.DTYPE_FLOAT32)
     session.drop()
-    service._open(hello(session.id, codes_dtype=wire.INT8))
+    service.reception.open(hello(session.id, codes_dtype=wire.INT8))
     assert session.wire_dtypes == WireDtypes.named("float32", codes="int8")
     session.drop()
     with pytest.raises(Refusal, match="codes dtype must be one of") as refusal:
-        service._open(hello(session.id, codes_dtype=17))
+        service.reception.open(hello(session.id, codes_dtype=17))
     assert refusal.value.code is grpc.StatusCode.INVALID_ARGUMENT and session.dropped_at is not None
 
 
@@ -71,7 +72,7 @@ def test_nobody_else_picks_up_a_session() -> None:
     def as_caller(name: str, message: pb.DecodeRequest) -> Session:
         context = copy_context()
         context.run(set_caller, Caller(name))
-        return context.run(service._open, message)
+        return context.run(service.reception.open, message)
 
     session = as_caller("alice", hello())
     session.drop()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.session import Refusal
+from cloud_server.refusal import Refusal
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan

@@ -64,7 +64,7 @@ def talk() -> Iterator[Callable[[Script], Connection]]:
         def start(script: Script) -> Connection:
             cloud = LyingCloud(script)
             stack.callback(cloud.server.stop, 0)
-            connection = Connection(cloud.address, Timeouts(step_s=20))
+            connection = Connection(cloud.address, Timeouts(connect_s=60, step_s=120))
             stack.callback(connection.close)
             return connection
 

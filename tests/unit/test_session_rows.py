@@ -5,7 +5,7 @@ import pytest
 
 from cloud_server.kv_cache import Row
 from cloud_server.outbox import OUTBOX_MESSAGES, Outbox
-from cloud_server.session import Refusal
+from cloud_server.refusal import Refusal
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from tests.unit.session_talk import BLOCK_BYTES, Talk, two_rows
 
@@ -86,6 +86,19 @@ def test_a_dropped_session_holds_what_is_written(talk: Talk) -> None:
     assert talk.engine.left == [talk.session], "nobody should wait for its next token"
     talk.step((0, 5, 1, 1), finish=True)
     assert talk.session.row_lengths() == [6, 3]
+
+
+def test_who_writes_its_blocks_again_has_them_though_a_slice_still_runs_on_them() -> None:
+    talk = Talk(blocks=2)
+    old = talk.step((0, 0, 40, 1))
+    with talk.engine.cache.in_use([old.spans[0].row.table]):
+        new = talk.step((0, 0, 50, 1))
+        assert list(talk.session.steps) == [new.number] and talk.engine.cache.free_blocks == 0
+        talk.step((0, 0, 10, 1))  # of the two, the second is not written again
+        assert len(talk.session.rows[0].blocks) == 1 and talk.engine.cache.free_blocks == 0
+    assert talk.engine.cache.free_blocks == 1
+    talk.session.close()
+    assert talk.engine.cache.bytes_used == 0
 
 
 def test_a_crop_takes_what_was_written(talk: Talk) -> None:

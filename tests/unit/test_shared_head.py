@@ -170,3 +170,56 @@ def test_a_prompts_logits_are_nobody_elses_business(gate: Gate) -> None:
     assert torch.equal(long.ended().result, rows(0, MOST_ROWS + 1) * 2)  # type: ignore[arg-type]
     assert torch.equal(short.ended().result, rows(1, 1) * 2)  # type: ignore[arg-type]
     assert sorted(gate.runs) == [1, MOST_ROWS + 1]
+
+
+def after_a_run_of(gate: Gate, count: int) -> SharedHead:
+    """Return a head that was used by so many threads at a time, and is idle."""
+    head = SharedHead(gate)
+    callers = [Caller(head, rows(0, 1))]
+    assert gate.entered.acquire(timeout=WAIT_S)
+    for i in range(1, count):
+        callers.append(Caller(head, rows(i, 1)))
+        waiting(head, 1 + i)
+    gate.open.release(2 if count > 1 else 1)
+    for caller in callers:
+        caller.ended()
+    while gate.entered.acquire(blocking=False):
+        pass
+    gate.runs.clear()
+    return head
+
+
+def test_those_who_came_together_are_waited_for_the_next_time(gate: Gate) -> None:
+    head = after_a_run_of(gate, 3)
+    head._run_s = WAIT_S
+    gate.open.release()
+    callers = []
+    for i in range(3):
+        assert not gate.runs
+        callers.append(Caller(head, rows(i, 1)))
+        if i < 2:
+            waiting(head, 1 + i)
+    for i, caller in enumerate(callers):
+        assert torch.equal(caller.ended().result, rows(i, 1) * 2)  # type: ignore[arg-type]
+    assert gate.runs == [3]
+
+
+def test_nobody_is_waited_for_longer_than_a_run_takes(gate: Gate) -> None:
+    head = after_a_run_of(gate, 3)
+    head._run_s = 0.01
+    gate.open.release(2)
+    for i in range(2):  # nor at all, once somebody has come alone
+        assert torch.equal(Caller(head, rows(i, 1)).ended().result, rows(i, 1) * 2)  # type: ignore[arg-type]
+        head._run_s = 2 * WAIT_S
+    assert gate.runs == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 5, 15, 16, 70])
+def test_a_linear_head_gives_each_row_its_own_logits(count: int, bias: bool, dtype: torch.dtype) -> None:
+    linear = torch.nn.Linear(4, 11, bias=bias, dtype=dtype)
+    given = rows(count, count).to(dtype)
+    found = SharedHead(linear)._run(given)
+    assert found.shape == (count, 11) and found.dtype == dtype and found.is_contiguous()
+    torch.testing.assert_close(found, torch.cat([linear(row[None]) for row in given]).detach())

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -56,14 +57,24 @@ def test_a_book_knows_who_shows_a_token(path):
         assert book.identity(wrong) is None
 
 
-def test_every_digest_is_compared_in_constant_time(path, monkeypatch):
+def test_one_digest_is_compared_in_constant_time_however_many_there_are(path, monkeypatch):
     token = add(path, "a")
     for name in "bcd":
         add(path, name)
     book, compared = TokenBook(path), []
     real = tokens.hmac.compare_digest
-    monkeypatch.setattr(tokens.hmac, "compare_digest", lambda x, y: compared.append(x) or real(x, y))
-    assert book.identity(token) is not None and len(compared) == 4
+    monkeypatch.setattr(tokens.hmac, "compare_digest", lambda x, y: compared.append((x, y)) or real(x, y))
+    for shown in (token, token[:-1], ""):
+        compared.clear()
+        assert (book.identity(shown) is not None) is (shown == token)
+        assert [(len(x), y) for x, y in compared] == [(32, tokens.digest(shown))]
+
+
+def test_digests_are_found_by_what_nobody_outside_can_compute(path):
+    token = add(path, "a")
+    one, other = TokenBook(path), TokenBook(path)
+    assert not one._by_digest.keys() & other._by_digest.keys(), "the order of a lookup could be learned"
+    assert tokens.digest(token) not in one._by_digest and one.identity(token) == other.identity(token)
 
 
 def test_changes_are_seen_without_a_restart(path):
@@ -151,14 +162,31 @@ def test_the_command_writes_a_token_for_its_owner_only(path, tmp_path):
     out = tmp_path / "laptop.token"
     made = run("add", "laptop", "--tokens", str(path), "--out", str(out))
     token = out.read_text().strip()
+    assert made.stderr == f"wrote the token of laptop to {out}\n" and not made.stdout
     assert made.exit_code == 0 and token not in made.output and stat.S_IMODE(out.stat().st_mode) == 0o600
     assert TokenBook(path).identity(token)[0] == "laptop"
     over = run("add", "jetson", "--tokens", str(path), "--out", str(out))
-    assert over.exit_code == 1 and "File exists" in over.stderr and out.read_text().strip() == token
+    assert f"{out} exists already: remove it" in over.stderr and "or give another --out" in over.stderr
+    assert over.exit_code == 1 and "Errno" not in over.stderr and out.read_text().strip() == token
     assert set(entries(path)) == {"laptop"}, "a token was made that nobody has seen"
     other = tmp_path / "other.token"
     assert run("add", "laptop", "--tokens", str(path), "--out", str(other)).exit_code == 1
     assert not other.exists()
+
+
+def test_what_the_page_says_of_a_token_that_leaks_works_as_written(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    block = page.split("*A token leaks:*")[1].split("```sh\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    assert run("add", "laptop", "--tokens", "tokens.json", "--out", "laptop.token").exit_code == 0
+    leaked = Path("laptop.token").read_text()
+    for program, *words in (line.split() for line in block.splitlines() if line.strip()):
+        if program == "rm":
+            Path(*words).unlink()
+        else:
+            assert (program, words[0]) == ("privatelora-cloud", "token") and run(*words[1:]).exit_code == 0
+    fresh = Path("laptop.token").read_text()
+    assert fresh != leaked and TokenBook(Path("tokens.json")).identity(fresh.strip())[0] == "laptop"
 
 
 def test_there_is_no_token_file_by_default(tmp_path):

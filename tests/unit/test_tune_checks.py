@@ -6,9 +6,11 @@ import grpc
 import pytest
 import torch
 
+from cloud_server.allowance import Allowance
 from cloud_server.backbone import Backbone
-from cloud_server.config import TuningConfig
-from cloud_server.session import Refusal
+from cloud_server.config.identity import IdentityLimits
+from cloud_server.config.tuning import TuningConfig
+from cloud_server.refusal import Refusal
 from cloud_server.tune_outbox import Budget, Rows, TuneOutbox
 from cloud_server.tune_queue import TuneQueue
 from cloud_server.tune_session import TuneLimits, TuneSession, most_tokens
@@ -341,3 +343,24 @@ def test_tuning_is_due_at_its_share(spare: bool, share: float) -> None:
     queue._ended, queue._took = 100.0, 0.02
     assert queue.due_in(100.0, spare=spare) == pytest.approx(0.02 / share - 0.02)
     assert queue.due_in(100.3, spare=spare) < 0
+
+
+async def test_memory_of_one_identity_is_counted_and_comes_back(backbone: Backbone) -> None:
+    """Across its runs; what a run gives up, by whatever way, is free for the next."""
+    one, two = Talk(backbone), Talk(backbone)
+    size = one.session.bytes_of([6])
+    mine = Allowance(IdentityLimits(max_tuning_bytes=size + size // 2))
+    await one.session.begin(pb.Batch(batch=1, lengths=[6]), mine)
+    assert mine.tuning_bytes == size
+    with pytest.raises(Refusal, match="bytes for tuning batches") as refused:
+        await two.session.begin(pb.Batch(batch=1, lengths=[6]), mine)
+    assert refused.value.code is Code.RESOURCE_EXHAUSTED and two.budget.used == 0
+    one.session.close()
+    assert mine.tuning_bytes == 0
+    await two.session.begin(pb.Batch(batch=2, lengths=[6]), mine)
+    two.session.close()
+    full = Talk(backbone, max_bytes=size)
+    full.budget.used = 1  # somebody else's: the cloud has no memory in time, and the identity's is not lost
+    with pytest.raises(Refusal, match="other tuning batches"):
+        await full.session.begin(pb.Batch(batch=1, lengths=[6]), mine)
+    assert mine.tuning_bytes == 0

@@ -44,13 +44,16 @@ class Fake:
         self.edge.offer = SimpleNamespace(
             target="127.0.0.1:50051", plans={plan.name: (plan, self.fingerprint)}, compute_dtype=torch.float32
         )
-        self.edge.connection = SimpleNamespace(open_tuning=self.open, close=lambda: None)
+        self.edge.connection = SimpleNamespace(
+            target=self.edge.offer.target, open_tuning=self.open, close=lambda: None
+        )
         self.limits = LIMITS
         self.interrupt_at = 0  # micro-batch of the first stream
         self.streams = []
         self.settings = None
 
-    def open(self, plan, fingerprint, wire_dtype):
+    def open(self, plan, fingerprint, wire_dtype, address):
+        assert address == self.edge.offer.target
         stream = FakeStream(self.reference, self.limits)
         self.streams.append(stream)
         if len(self.streams) == 1 and self.interrupt_at:
@@ -117,6 +120,25 @@ def test_a_run_makes_an_adapter_with_a_summary_and_a_curve(fake, data, tmp_path)
     assert [entry.name for entry in AdapterStore().entries()] == ["letters"]
     AdapterStore().remove("letters")
     assert not list(path.parent.iterdir())
+
+
+def test_what_is_suggested_works_as_printed_in_the_same_folder(fake, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "my edge.toml"
+    config.write_text('cloud = "other.example:1"\n')
+    given = ("--config", config.name, "--cloud", "a.example:1,b.example:2", "--tls")
+    fake.interrupt_at = 4
+    stopped = run("--data", data, "--name", "me", *QUICK, *given)
+    done = run("--resume", *given)
+    assert (stopped.exit_code, done.exit_code) == (130, 0), done.output
+    again = "--config 'my edge.toml' --cloud a.example:1,b.example:2 --tls"
+    assert f"`privatelora-edge tune --resume --name me {again}`" in stopped.stderr
+    assert f"`privatelora-edge chat --adapter me {again}`" in done.stdout
+    assert "`privatelora-edge adapter use me`" in done.stdout
+
+    out = tmp_path / "to keep" / "me.safetensors"
+    elsewhere = run("--data", data, "--out", out, *QUICK)
+    assert f"`privatelora-edge chat --adapter '{out}'`" in elsewhere.stdout
 
 
 def test_json_and_a_file_of_ones_own(fake, data, tmp_path):

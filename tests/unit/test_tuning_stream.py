@@ -90,7 +90,7 @@ class Scripted:
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
 
-    def connect(self, timeout_s: float = 5.0, dtype: Any = DOUBLE) -> TuneStream:
+    def connect(self, timeout_s: float = 60.0, dtype: Any = DOUBLE) -> TuneStream:
         async def start() -> TuneStream:
             self.call = Call()
             self.serving.append(self.loop.create_task(self.serve()))
@@ -98,7 +98,7 @@ class Scripted:
             await stream.open(pb.TuneOpen(protocol_version=1, wire_dtype=dtype), timeout_s)
             return stream
 
-        return asyncio.run_coroutine_threadsafe(start(), self.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(start(), self.loop).result(90)
 
     async def serve(self) -> None:
         assert (await self.take()).HasField("open")
@@ -162,7 +162,7 @@ class Scripted:
             await self.give(pb.TuneResponse(**{kind: message}))
             answered = {("codes", 0), ("codes", 2), ("residual_codes_gradient", 2)}
             if self.waits_for_answers and first == 0 and (kind, layer) in answered:
-                deadline = self.loop.time() + 5
+                deadline = self.loop.time() + 60
                 while self.call.up.empty():
                     assert self.loop.time() < deadline, "one sequence is not answered on its own"
                     await asyncio.sleep(0.001)
@@ -186,7 +186,7 @@ class Scripted:
             if self.serving:
                 await asyncio.wait(self.serving)
 
-        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(90)
 
     def end(self) -> None:
         self.fall_silent()
@@ -343,8 +343,8 @@ def test_an_end_is_told_with_its_status(scripted: Any) -> None:
 
 def test_silence_ends_a_stream(scripted: Any) -> None:
     cloud = scripted(PER_LAYER)
-    stream = cloud.connect(timeout_s=0.5)
-
+    stream = cloud.connect()
+    stream._timeout_s = 0.5
     cloud.fall_silent()
     with pytest.raises(SessionError, match="nothing was heard of the cloud") as refusal:
         batch_of(cloud, stream)

@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
+from edge_client.backoff import Backoff
+from edge_client.recovery import Attempts
 from edge_client.streams import SessionError
-from edge_client.tuning import learner as learner_module
 from edge_client.tuning.checkpoint import (
     CheckpointError,
     Identity,
@@ -19,7 +20,7 @@ from edge_client.tuning.checkpoint import (
 )
 from edge_client.tuning.config import TuneConfig
 from edge_client.tuning.examples import batches, digest
-from edge_client.tuning.learner import TuningError, may_pass, wait_s
+from edge_client.tuning.learner import TuningError
 from edge_client.tuning.stream import TuneLimits
 from edge_client.tuning.trainer import Watcher, lr_factor
 from shared.reference import Reference
@@ -229,27 +230,36 @@ def test_a_lost_cloud_costs_a_micro_batch_and_changes_nothing(at):
     state = cloud.trainer(data, lr=LR, steps=5).run()
     assert equal(state.matrices, whole.matrices) and state.train_losses == whole.train_losses
     assert len(cloud.streams) == 3 and all(stream.closed for stream in cloud.streams[:2])
-    assert len(cloud.waits) == 2 and 0 < cloud.waits[0] <= cloud.waits[1] * 2
+    assert len(cloud.waits) == 2 and 0 <= cloud.waits[0] <= 0.2 and 0 <= cloud.waits[1] <= 0.4
 
 
-def test_a_cloud_that_stays_away_is_given_up_after_a_while(monkeypatch):
-    monkeypatch.setattr(learner_module, "ATTEMPTS", 4)
+def test_a_cloud_that_stays_away_is_given_up_after_a_while():
     cloud, data, saved = Cloud(), examples(8), []
+    cloud.attempts = lambda: Attempts(None, Backoff(1.0, uniform=lambda low, high: high))
     cloud.fail = [{(2, "backward")}] + [{(1, "forward")} for _ in range(3)]
     trainer = cloud.trainer(data, lr=LR, steps=5, save=lambda state: saved.append(state.step))
-    with pytest.raises(SessionError, match="lost"):
+    with pytest.raises(SessionError, match="lost .*gave up after 4 attempts"):
         trainer.run()
-    assert len(cloud.waits) == 3 and saved[-1] == trainer.state.step
+    assert cloud.waits == [0.2, 0.4, 0.8] and saved[-1] == trainer.state.step
 
 
-def test_what_a_cloud_refuses_for_good_is_not_tried_again():
+def test_a_hint_of_the_cloud_is_honoured_while_tuning():
     import grpc
 
-    assert not may_pass(SessionError("no", grpc.StatusCode.FAILED_PRECONDITION))
-    assert not may_pass(SessionError("it broke the protocol"))
-    assert may_pass(SessionError("full", grpc.StatusCode.RESOURCE_EXHAUSTED, 7.0))
-    assert wait_s(0, SessionError("full", grpc.StatusCode.RESOURCE_EXHAUSTED, 7.0)) == 7.0
-    assert all(15 <= wait_s(10, SessionError("lost")) <= 30 for _ in range(20))
+    cloud, data = Cloud(), examples(8)
+    full, asked = SessionError("full", grpc.StatusCode.RESOURCE_EXHAUSTED, 7.0), []
+    open_stream = cloud.open
+
+    def refuse_once():
+        asked.append(1)
+        if len(asked) == 2:
+            raise full
+        return open_stream()
+
+    cloud.open = refuse_once
+    cloud.fail = [{(1, "forward")}]
+    cloud.trainer(data, lr=LR, steps=1).run()
+    assert len(cloud.waits) == 2 and cloud.waits[1] == 7.0
 
 
 def test_a_cloud_that_takes_less_than_before_is_refused():
@@ -312,16 +322,16 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_read_whole(tmp_path):
     writer = threading.Thread(target=replace)
     writer.start()
     try:
-        seen = set()
-        for _ in range(300):
+        seen, reads = set(), 0
+        while reads < 300 or len(seen) <= 10:  # on a busy machine it takes more reads to see replacements
             _, found = load_checkpoint(path)
             seen.add(found.step)
+            reads += 1
             if found.step != state.step:
                 assert found.train_losses == [(n, float(found.step)) for n in range(found.step % 50)]
     finally:
         done.set()
         writer.join()
-    assert len(seen) > 10, "nothing was replaced while it was read"
 
 
 @pytest.mark.parametrize("spoil", ["cut", "bit", "empty", "other"])

@@ -80,6 +80,19 @@ def test_the_largest_finite_values_pass(dtype: int) -> None:
     assert torch.equal(decode(encode(sent, dtype), dtype=dtype, shape=(1, 4), what="it"), sent)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_float64_beyond_float32_is_no_float32_array(sign: int) -> None:
+    largest = float(torch.finfo(torch.float32).max)
+    for value in (1e39, torch.finfo(torch.float64).max, largest * (1 + 2**-24)):  # the last one rounds up
+        message = encode(torch.tensor([[0.5, sign * value]], dtype=torch.float64), pb.DTYPE_FLOAT64)
+        with pytest.raises(WireError, match="codes: holds a number beyond float32's range"):
+            wire.decode_array(message, dtype=pb.DTYPE_FLOAT64, shape=(1, 2), what="codes")
+    message = encode(torch.tensor([[1e-300, sign * largest]], dtype=torch.float64), pb.DTYPE_FLOAT64)
+    array = wire.decode_array(message, dtype=pb.DTYPE_FLOAT64, shape=(1, 2), what="codes")
+    assert array.dtype == np.float32 and array.tolist() == [[0.0, sign * largest]]
+
+
 @pytest.mark.parametrize(("dtype", "width"), [(pb.DTYPE_FLOAT16, 5), (pb.DTYPE_BFLOAT16, 8)])
 def test_every_pattern_of_sixteen_bits(dtype: int, width: int) -> None:
     """A pattern is refused exactly when its exponent is all ones."""

@@ -7,6 +7,7 @@ import grpc
 import torch
 from torch import Tensor
 
+from edge_client.recovery import Attempts
 from edge_client.streams import SessionError
 from edge_client.tuning.batch import Matrices
 from edge_client.tuning.checkpoint import State
@@ -87,6 +88,7 @@ class Cloud:
         self.streams: list[FakeStream] = []
         self.fail: list[set[tuple[int, str]]] = []  # of the streams to come
         self.waits: list[float] = []
+        self.attempts = Attempts.nowhere_else
 
     def open(self) -> FakeStream:
         self.streams.append(FakeStream(self.reference, self.limits))
@@ -101,7 +103,7 @@ class Cloud:
 
     def learner(self) -> Learner:
         embed = embedding(self.model.model.embed_tokens, torch.device("cpu"))
-        return Learner(self.head, embed, self.open, sleep=self.waits.append)
+        return Learner(self.head, embed, lambda: self.open(), sleep=self.waits.append, attempts=self.attempts)
 
     def zeros(self) -> dict[int, Tensor]:
         plan = self.plan

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+shared/pb/privatelora/v1/private_lora.proto\x12\x0eprivatelora.v1\"[\n\x06Tensor\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\"X\n\x0b\x46ingerprint\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0c\n\x04plan\x18\x02 \x01(\x0c\x12\x0f\n\x07lowrank\x18\x03 \x01(\x0c\x12\x0e\n\x06layers\x18\x04 \x01(\x0c\x12\x0c\n\x04\x65\x64ge\x18\x05 \x01(\x0c\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"P\n\tPlanOffer\x12\x11\n\tplan_json\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.privatelora.v1.Fingerprint\"<\n\x08\x45\x64gePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"\x85\x01\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x02 \x01(\r\x12\x10\n\x08max_rows\x18\x03 \x01(\r\x12\x1b\n\x13max_steps_in_flight\x18\x04 \x01(\r\x12\x17\n\x0fgrace_period_ms\x18\x05 \x01(\r\"\xc9\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12(\n\x05plans\x18\x03 \x03(\x0b\x32\x19.privatelora.v1.PlanOffer\x12,\n\nedge_parts\x18\x04 \x03(\x0b\x32\x18.privatelora.v1.EdgePart\x12&\n\x06limits\x18\x05 \x01(\x0b\x32\x16.privatelora.v1.Limits\x12,\n\rcompute_dtype\x18\x06 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\x15\n\rkv_bytes_used\x18\x07 \x01(\x04\x12\x16\n\x0ekv_bytes_total\x18\x08 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\t \x01(\x04\x12\x15\n\rbatched_steps\x18\n \x01(\x04\"A\n\x15\x46\x65tchEdgePartsRequest\x12\x12\n\npart_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"&\n\x16\x46\x65tchEdgePartsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x9f\x01\n\rDecodeRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.privatelora.v1.OpenH\x00\x12$\n\x04step\x18\x02 \x01(\x0b\x32\x14.privatelora.v1.StepH\x00\x12\x37\n\x0eresidual_codes\x18\x03 \x01(\x0b\x32\x1d.privatelora.v1.ResidualCodesH\x00\x42\t\n\x07message\"\x9f\x02\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.privatelora.v1.Fingerprint\x12)\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\x12\n\nsession_id\x18\x04 \x01(\x0c\x12+\n\x0chidden_dtype\x18\x05 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12*\n\x0b\x63odes_dtype\x18\x06 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\x33\n\x14residual_codes_dtype\x18\x07 \x01(\x0e\x32\x15.privatelora.v1.Dtype\"?\n\x04Span\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0c\n\x04keep\x18\x04 \x01(\r\"\xa6\x01\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07parents\x18\x02 \x03(\r\x12#\n\x05spans\x18\x03 \x03(\x0b\x32\x14.privatelora.v1.Span\x12&\n\x06hidden\x18\x04 \x01(\x0b\x32\x16.privatelora.v1.Tensor\x12\x32\n\x0eresidual_codes\x18\x05 \x03(\x0b\x32\x1a.privatelora.v1.LayerCodes\"B\n\nLayerCodes\x12\r\n\x05layer\x18\x01 \x01(\r\x12%\n\x05\x63odes\x18\x02 \x01(\x0b\x32\x16.privatelora.v1.Tensor\"Q\n\rResidualCodes\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x32\n\x0eresidual_codes\x18\x02 \x03(\x0b\x32\x1a.privatelora.v1.LayerCodes\"\x97\x01\n\x0e\x44\x65\x63odeResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.privatelora.v1.OpenedH\x00\x12&\n\x05\x63odes\x18\x02 \x01(\x0b\x32\x15.privatelora.v1.CodesH\x00\x12(\n\x06hidden\x18\x03 \x01(\x0b\x32\x16.privatelora.v1.HiddenH\x00\x42\t\n\x07message\"1\n\x06Opened\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x13\n\x0brow_lengths\x18\x02 \x03(\r\"K\n\x05\x43odes\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x05\x63odes\x18\x03 \x01(\x0b\x32\x16.privatelora.v1.Tensor\">\n\x06Hidden\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x06hidden\x18\x02 \x01(\x0b\x32\x16.privatelora.v1.Tensor\"\xa3\x02\n\x0bTuneRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.privatelora.v1.TuneOpenH\x00\x12&\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x15.privatelora.v1.BatchH\x00\x12&\n\x06hidden\x18\x03 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12.\n\x0eresidual_codes\x18\x04 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12/\n\x0fhidden_gradient\x18\x05 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12.\n\x0e\x63odes_gradient\x18\x06 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x42\t\n\x07message\"\x81\x01\n\x08TuneOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.privatelora.v1.Fingerprint\x12)\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x15.privatelora.v1.Dtype\"=\n\x05\x42\x61tch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x14\n\x0c\x66orward_only\x18\x03 \x01(\x08\"Y\n\x04Rows\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12$\n\x04rows\x18\x04 \x01(\x0b\x32\x16.privatelora.v1.Tensor\"\xab\x02\n\x0cTuneResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.privatelora.v1.TuneOpenedH\x00\x12%\n\x05\x63odes\x18\x02 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12&\n\x06hidden\x18\x03 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12\x37\n\x17residual_codes_gradient\x18\x04 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12)\n\x04\x64one\x18\x05 \x01(\x0b\x32\x19.privatelora.v1.BatchDoneH\x00\x12/\n\x0fhidden_gradient\x18\x06 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x42\t\n\x07message\"Z\n\nTuneOpened\x12\x18\n\x10max_batch_tokens\x18\x01 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\r\x12\x15\n\rcheckpointing\x18\x03 \x01(\x08\"\x1a\n\tBatchDone\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04*\x8b\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0e\n\nDTYPE_INT8\x10\x05\x12\x0e\n\nDTYPE_INT4\x10\x06\x32\xda\x02\n\x12PrivateLoraService\x12M\n\x08\x44\x65scribe\x12\x1f.privatelora.v1.DescribeRequest\x1a .privatelora.v1.DescribeResponse\x12\x61\n\x0e\x46\x65tchEdgeParts\x12%.privatelora.v1.FetchEdgePartsRequest\x1a&.privatelora.v1.FetchEdgePartsResponse0\x01\x12K\n\x06\x44\x65\x63ode\x12\x1d.privatelora.v1.DecodeRequest\x1a\x1e.privatelora.v1.DecodeResponse(\x01\x30\x01\x12\x45\n\x04Tune\x12\x1b.privatelora.v1.TuneRequest\x1a\x1c.privatelora.v1.TuneResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+shared/pb/privatelora/v1/private_lora.proto\x12\x0eprivatelora.v1\"[\n\x06Tensor\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\"X\n\x0b\x46ingerprint\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0c\n\x04plan\x18\x02 \x01(\x0c\x12\x0f\n\x07lowrank\x18\x03 \x01(\x0c\x12\x0e\n\x06layers\x18\x04 \x01(\x0c\x12\x0c\n\x04\x65\x64ge\x18\x05 \x01(\x0c\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"P\n\tPlanOffer\x12\x11\n\tplan_json\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.privatelora.v1.Fingerprint\"<\n\x08\x45\x64gePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"\x85\x01\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x02 \x01(\r\x12\x10\n\x08max_rows\x18\x03 \x01(\r\x12\x1b\n\x13max_steps_in_flight\x18\x04 \x01(\r\x12\x17\n\x0fgrace_period_ms\x18\x05 \x01(\r\"\x83\x03\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12(\n\x05plans\x18\x03 \x03(\x0b\x32\x19.privatelora.v1.PlanOffer\x12,\n\nedge_parts\x18\x04 \x03(\x0b\x32\x18.privatelora.v1.EdgePart\x12&\n\x06limits\x18\x05 \x01(\x0b\x32\x16.privatelora.v1.Limits\x12,\n\rcompute_dtype\x18\x06 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\x15\n\rkv_bytes_used\x18\x07 \x01(\x04\x12\x16\n\x0ekv_bytes_total\x18\x08 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\t \x01(\x04\x12\x15\n\rbatched_steps\x18\n \x01(\x04\x12\"\n\x04load\x18\x0b \x01(\x0b\x32\x14.privatelora.v1.Load\x12\x14\n\x0cunix_time_ms\x18\x14 \x01(\x04\"\xa2\x01\n\x04Load\x12\x10\n\x08sessions\x18\x01 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x02 \x01(\r\x12\x18\n\x10kv_bytes_claimed\x18\x03 \x01(\x04\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x05 \x01(\r\x12\x16\n\x0etuning_streams\x18\x06 \x01(\r\x12\x1a\n\x12max_tuning_streams\x18\x07 \x01(\r\"+\n\x07KvClaim\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x12\n\nrow_tokens\x18\x02 \x01(\r\"A\n\x15\x46\x65tchEdgePartsRequest\x12\x12\n\npart_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"&\n\x16\x46\x65tchEdgePartsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x9f\x01\n\rDecodeRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.privatelora.v1.OpenH\x00\x12$\n\x04step\x18\x02 \x01(\x0b\x32\x14.privatelora.v1.StepH\x00\x12\x37\n\x0eresidual_codes\x18\x03 \x01(\x0b\x32\x1d.privatelora.v1.ResidualCodesH\x00\x42\t\n\x07message\"\xc7\x02\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.privatelora.v1.Fingerprint\x12)\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\x12\n\nsession_id\x18\x04 \x01(\x0c\x12+\n\x0chidden_dtype\x18\x05 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12*\n\x0b\x63odes_dtype\x18\x06 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12\x33\n\x14residual_codes_dtype\x18\x07 \x01(\x0e\x32\x15.privatelora.v1.Dtype\x12&\n\x05\x63laim\x18\x08 \x01(\x0b\x32\x17.privatelora.v1.KvClaim\"?\n\x04Span\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0c\n\x04keep\x18\x04 \x01(\r\"\xce\x01\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07parents\x18\x02 \x03(\r\x12#\n\x05spans\x18\x03 \x03(\x0b\x32\x14.privatelora.v1.Span\x12&\n\x06hidden\x18\x04 \x01(\x0b\x32\x16.privatelora.v1.Tensor\x12\x32\n\x0eresidual_codes\x18\x05 \x03(\x0b\x32\x1a.privatelora.v1.LayerCodes\x12&\n\x05\x63laim\x18\x06 \x01(\x0b\x32\x17.privatelora.v1.KvClaim\"B\n\nLayerCodes\x12\r\n\x05layer\x18\x01 \x01(\r\x12%\n\x05\x63odes\x18\x02 \x01(\x0b\x32\x16.privatelora.v1.Tensor\"Q\n\rResidualCodes\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x32\n\x0eresidual_codes\x18\x02 \x03(\x0b\x32\x1a.privatelora.v1.LayerCodes\"\x97\x01\n\x0e\x44\x65\x63odeResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.privatelora.v1.OpenedH\x00\x12&\n\x05\x63odes\x18\x02 \x01(\x0b\x32\x15.privatelora.v1.CodesH\x00\x12(\n\x06hidden\x18\x03 \x01(\x0b\x32\x16.privatelora.v1.HiddenH\x00\x42\t\n\x07message\"D\n\x06Opened\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x13\n\x0brow_lengths\x18\x02 \x03(\r\x12\x11\n\tlast_step\x18\x03 \x01(\x04\"K\n\x05\x43odes\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x05\x63odes\x18\x03 \x01(\x0b\x32\x16.privatelora.v1.Tensor\">\n\x06Hidden\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x06hidden\x18\x02 \x01(\x0b\x32\x16.privatelora.v1.Tensor\"\xa3\x02\n\x0bTuneRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.privatelora.v1.TuneOpenH\x00\x12&\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x15.privatelora.v1.BatchH\x00\x12&\n\x06hidden\x18\x03 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12.\n\x0eresidual_codes\x18\x04 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12/\n\x0fhidden_gradient\x18\x05 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12.\n\x0e\x63odes_gradient\x18\x06 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x42\t\n\x07message\"\x81\x01\n\x08TuneOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.privatelora.v1.Fingerprint\x12)\n\nwire_dtype\x18\x03 \x01(\x0e\x32\x15.privatelora.v1.Dtype\"=\n\x05\x42\x61tch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x14\n\x0c\x66orward_only\x18\x03 \x01(\x08\"Y\n\x04Rows\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12$\n\x04rows\x18\x04 \x01(\x0b\x32\x16.privatelora.v1.Tensor\"\xab\x02\n\x0cTuneResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.privatelora.v1.TuneOpenedH\x00\x12%\n\x05\x63odes\x18\x02 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12&\n\x06hidden\x18\x03 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12\x37\n\x17residual_codes_gradient\x18\x04 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x12)\n\x04\x64one\x18\x05 \x01(\x0b\x32\x19.privatelora.v1.BatchDoneH\x00\x12/\n\x0fhidden_gradient\x18\x06 \x01(\x0b\x32\x14.privatelora.v1.RowsH\x00\x42\t\n\x07message\"Z\n\nTuneOpened\x12\x18\n\x10max_batch_tokens\x18\x01 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\r\x12\x15\n\rcheckpointing\x18\x03 \x01(\x08\"\x1a\n\tBatchDone\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04*\x8b\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0e\n\nDTYPE_INT8\x10\x05\x12\x0e\n\nDTYPE_INT4\x10\x06\x32\xda\x02\n\x12PrivateLoraService\x12M\n\x08\x44\x65scribe\x12\x1f.privatelora.v1.DescribeRequest\x1a .privatelora.v1.DescribeResponse\x12\x61\n\x0e\x46\x65tchEdgeParts\x12%.privatelora.v1.FetchEdgePartsRequest\x1a&.privatelora.v1.FetchEdgePartsResponse0\x01\x12K\n\x06\x44\x65\x63ode\x12\x1d.privatelora.v1.DecodeRequest\x1a\x1e.privatelora.v1.DecodeResponse(\x01\x30\x01\x12\x45\n\x04Tune\x12\x1b.privatelora.v1.TuneRequest\x1a\x1c.privatelora.v1.TuneResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.pb.privatelora.v1.private_lora_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=3196
-  _globals['_DTYPE']._serialized_end=3335
+  _globals['_DTYPE']._serialized_start=3563
+  _globals['_DTYPE']._serialized_end=3702
   _globals['_TENSOR']._serialized_start=63
   _globals['_TENSOR']._serialized_end=154
   _globals['_FINGERPRINT']._serialized_start=156
@@ -46,45 +46,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LIMITS']._serialized_start=436
   _globals['_LIMITS']._serialized_end=569
   _globals['_DESCRIBERESPONSE']._serialized_start=572
-  _globals['_DESCRIBERESPONSE']._serialized_end=901
-  _globals['_FETCHEDGEPARTSREQUEST']._serialized_start=903
-  _globals['_FETCHEDGEPARTSREQUEST']._serialized_end=968
-  _globals['_FETCHEDGEPARTSRESPONSE']._serialized_start=970
-  _globals['_FETCHEDGEPARTSRESPONSE']._serialized_end=1008
-  _globals['_DECODEREQUEST']._serialized_start=1011
-  _globals['_DECODEREQUEST']._serialized_end=1170
-  _globals['_OPEN']._serialized_start=1173
-  _globals['_OPEN']._serialized_end=1460
-  _globals['_SPAN']._serialized_start=1462
-  _globals['_SPAN']._serialized_end=1525
-  _globals['_STEP']._serialized_start=1528
-  _globals['_STEP']._serialized_end=1694
-  _globals['_LAYERCODES']._serialized_start=1696
-  _globals['_LAYERCODES']._serialized_end=1762
-  _globals['_RESIDUALCODES']._serialized_start=1764
-  _globals['_RESIDUALCODES']._serialized_end=1845
-  _globals['_DECODERESPONSE']._serialized_start=1848
-  _globals['_DECODERESPONSE']._serialized_end=1999
-  _globals['_OPENED']._serialized_start=2001
-  _globals['_OPENED']._serialized_end=2050
-  _globals['_CODES']._serialized_start=2052
-  _globals['_CODES']._serialized_end=2127
-  _globals['_HIDDEN']._serialized_start=2129
-  _globals['_HIDDEN']._serialized_end=2191
-  _globals['_TUNEREQUEST']._serialized_start=2194
-  _globals['_TUNEREQUEST']._serialized_end=2485
-  _globals['_TUNEOPEN']._serialized_start=2488
-  _globals['_TUNEOPEN']._serialized_end=2617
-  _globals['_BATCH']._serialized_start=2619
-  _globals['_BATCH']._serialized_end=2680
-  _globals['_ROWS']._serialized_start=2682
-  _globals['_ROWS']._serialized_end=2771
-  _globals['_TUNERESPONSE']._serialized_start=2774
-  _globals['_TUNERESPONSE']._serialized_end=3073
-  _globals['_TUNEOPENED']._serialized_start=3075
-  _globals['_TUNEOPENED']._serialized_end=3165
-  _globals['_BATCHDONE']._serialized_start=3167
-  _globals['_BATCHDONE']._serialized_end=3193
-  _globals['_PRIVATELORASERVICE']._serialized_start=3338
-  _globals['_PRIVATELORASERVICE']._serialized_end=3684
+  _globals['_DESCRIBERESPONSE']._serialized_end=959
+  _globals['_LOAD']._serialized_start=962
+  _globals['_LOAD']._serialized_end=1124
+  _globals['_KVCLAIM']._serialized_start=1126
+  _globals['_KVCLAIM']._serialized_end=1169
+  _globals['_FETCHEDGEPARTSREQUEST']._serialized_start=1171
+  _globals['_FETCHEDGEPARTSREQUEST']._serialized_end=1236
+  _globals['_FETCHEDGEPARTSRESPONSE']._serialized_start=1238
+  _globals['_FETCHEDGEPARTSRESPONSE']._serialized_end=1276
+  _globals['_DECODEREQUEST']._serialized_start=1279
+  _globals['_DECODEREQUEST']._serialized_end=1438
+  _globals['_OPEN']._serialized_start=1441
+  _globals['_OPEN']._serialized_end=1768
+  _globals['_SPAN']._serialized_start=1770
+  _globals['_SPAN']._serialized_end=1833
+  _globals['_STEP']._serialized_start=1836
+  _globals['_STEP']._serialized_end=2042
+  _globals['_LAYERCODES']._serialized_start=2044
+  _globals['_LAYERCODES']._serialized_end=2110
+  _globals['_RESIDUALCODES']._serialized_start=2112
+  _globals['_RESIDUALCODES']._serialized_end=2193
+  _globals['_DECODERESPONSE']._serialized_start=2196
+  _globals['_DECODERESPONSE']._serialized_end=2347
+  _globals['_OPENED']._serialized_start=2349
+  _globals['_OPENED']._serialized_end=2417
+  _globals['_CODES']._serialized_start=2419
+  _globals['_CODES']._serialized_end=2494
+  _globals['_HIDDEN']._serialized_start=2496
+  _globals['_HIDDEN']._serialized_end=2558
+  _globals['_TUNEREQUEST']._serialized_start=2561
+  _globals['_TUNEREQUEST']._serialized_end=2852
+  _globals['_TUNEOPEN']._serialized_start=2855
+  _globals['_TUNEOPEN']._serialized_end=2984
+  _globals['_BATCH']._serialized_start=2986
+  _globals['_BATCH']._serialized_end=3047
+  _globals['_ROWS']._serialized_start=3049
+  _globals['_ROWS']._serialized_end=3138
+  _globals['_TUNERESPONSE']._serialized_start=3141
+  _globals['_TUNERESPONSE']._serialized_end=3440
+  _globals['_TUNEOPENED']._serialized_start=3442
+  _globals['_TUNEOPENED']._serialized_end=3532
+  _globals['_BATCHDONE']._serialized_start=3534
+  _globals['_BATCHDONE']._serialized_end=3560
+  _globals['_PRIVATELORASERVICE']._serialized_start=3705
+  _globals['_PRIVATELORASERVICE']._serialized_end=4051
 # @@protoc_insertion_point(module_scope)

@@ -269,6 +269,8 @@ class DescribeResponse(_message.Message):
     KV_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     BATCHES_FIELD_NUMBER: _builtins.int
     BATCHED_STEPS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    UNIX_TIME_MS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     server_version: _builtins.str
     compute_dtype: Global___Dtype.ValueType
@@ -279,12 +281,18 @@ class DescribeResponse(_message.Message):
     batches: _builtins.int
     """Batches run since the start, and the steps in them: their ratio over some time is the mean batch."""
     batched_steps: _builtins.int
+    unix_time_ms: _builtins.int
+    """The cloud's clock, in milliseconds since 1970: an edge whose clock differs much sees certificates expire
+    too early or too late.
+    """
     @_builtins.property
     def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanOffer]: ...
     @_builtins.property
     def edge_parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___EdgePart]: ...
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def load(self) -> Global___Load: ...
     def __init__(
         self,
         *,
@@ -298,14 +306,86 @@ class DescribeResponse(_message.Message):
         kv_bytes_total: _builtins.int = ...,
         batches: _builtins.int = ...,
         batched_steps: _builtins.int = ...,
+        load: Global___Load | None = ...,
+        unix_time_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched_steps", b"batched_steps", "batches", b"batches", "compute_dtype", b"compute_dtype", "edge_parts", b"edge_parts", "kv_bytes_total", b"kv_bytes_total", "kv_bytes_used", b"kv_bytes_used", "limits", b"limits", "plans", b"plans", "protocol_version", b"protocol_version", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched_steps", b"batched_steps", "batches", b"batches", "compute_dtype", b"compute_dtype", "edge_parts", b"edge_parts", "kv_bytes_total", b"kv_bytes_total", "kv_bytes_used", b"kv_bytes_used", "limits", b"limits", "load", b"load", "plans", b"plans", "protocol_version", b"protocol_version", "server_version", b"server_version", "unix_time_ms", b"unix_time_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class Load(_message.Message):
+    """Load is how full the cloud is, in totals over all its callers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    MAX_SESSIONS_FIELD_NUMBER: _builtins.int
+    KV_BYTES_CLAIMED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_FIELD_NUMBER: _builtins.int
+    TUNING_STREAMS_FIELD_NUMBER: _builtins.int
+    MAX_TUNING_STREAMS_FIELD_NUMBER: _builtins.int
+    sessions: _builtins.int
+    """Sessions, dropped ones that wait to be resumed included, and the most there may be."""
+    max_sessions: _builtins.int
+    kv_bytes_claimed: _builtins.int
+    """Bytes of KV cache that sessions hold or were admitted for: what is left of kv_bytes_total is for others."""
+    waiting: _builtins.int
+    """Sessions that wait for room, and the most that may."""
+    max_waiting: _builtins.int
+    tuning_streams: _builtins.int
+    max_tuning_streams: _builtins.int
+    def __init__(
+        self,
+        *,
+        sessions: _builtins.int = ...,
+        max_sessions: _builtins.int = ...,
+        kv_bytes_claimed: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        max_waiting: _builtins.int = ...,
+        tuning_streams: _builtins.int = ...,
+        max_tuning_streams: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bytes_claimed", b"kv_bytes_claimed", "max_sessions", b"max_sessions", "max_tuning_streams", b"max_tuning_streams", "max_waiting", b"max_waiting", "sessions", b"sessions", "tuning_streams", b"tuning_streams", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class KvClaim(_message.Message):
+    """KvClaim is the room that a session may come to need. It is admitted for so much, and nobody admitted later
+    takes it away; what goes beyond is given as far as nobody has a claim to it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    ROW_TOKENS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows (beams or batch entries)."""
+    row_tokens: _builtins.int
+    """Positions of the longest of them."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        row_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["row_tokens", b"row_tokens", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvClaim: _TypeAlias = KvClaim  # noqa: Y015
 
 @_typing.final
 class FetchEdgePartsRequest(_message.Message):
@@ -399,6 +479,7 @@ class Open(_message.Message):
     HIDDEN_DTYPE_FIELD_NUMBER: _builtins.int
     CODES_DTYPE_FIELD_NUMBER: _builtins.int
     RESIDUAL_CODES_DTYPE_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     wire_dtype: Global___Dtype.ValueType
     """Element type of every tensor in this session, both ways, but for those
@@ -416,6 +497,12 @@ class Open(_message.Message):
     def fingerprint(self) -> Global___Fingerprint:
         """What the edge's adapter was made for; compared before any activation."""
 
+    @_builtins.property
+    def claim(self) -> Global___KvClaim:
+        """What the session may come to need; absent: one row as long as the cloud's
+        limits allow. Of no meaning where a session is picked up again.
+        """
+
     def __init__(
         self,
         *,
@@ -426,10 +513,11 @@ class Open(_message.Message):
         hidden_dtype: Global___Dtype.ValueType = ...,
         codes_dtype: Global___Dtype.ValueType = ...,
         residual_codes_dtype: Global___Dtype.ValueType = ...,
+        claim: Global___KvClaim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes_dtype", b"codes_dtype", "fingerprint", b"fingerprint", "hidden_dtype", b"hidden_dtype", "protocol_version", b"protocol_version", "residual_codes_dtype", b"residual_codes_dtype", "session_id", b"session_id", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "codes_dtype", b"codes_dtype", "fingerprint", b"fingerprint", "hidden_dtype", b"hidden_dtype", "protocol_version", b"protocol_version", "residual_codes_dtype", b"residual_codes_dtype", "session_id", b"session_id", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -480,6 +568,7 @@ class Step(_message.Message):
     SPANS_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
     RESIDUAL_CODES_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Increasing within a session."""
     @_builtins.property
@@ -496,6 +585,13 @@ class Step(_message.Message):
     def residual_codes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerCodes]:
         """Residual codes already known, for a replay in one round trip."""
 
+    @_builtins.property
+    def claim(self) -> Global___KvClaim:
+        """What the session may come to need from here on: at the start of an answer,
+        the whole of it. The step waits for room for it. An edge that says so once
+        says so for each answer: the claim lapses in between.
+        """
+
     def __init__(
         self,
         *,
@@ -504,10 +600,11 @@ class Step(_message.Message):
         spans: _abc.Iterable[Global___Span] | None = ...,
         hidden: Global___Tensor | None = ...,
         residual_codes: _abc.Iterable[Global___LayerCodes] | None = ...,
+        claim: Global___KvClaim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "hidden", b"hidden"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "parents", b"parents", "residual_codes", b"residual_codes", "spans", b"spans", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "hidden", b"hidden", "parents", b"parents", "residual_codes", b"residual_codes", "spans", b"spans", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -605,7 +702,12 @@ class Opened(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ROW_LENGTHS_FIELD_NUMBER: _builtins.int
+    LAST_STEP_FIELD_NUMBER: _builtins.int
     session_id: _builtins.bytes
+    last_step: _builtins.int
+    """Number of the last step that the session began, 0 when new. If it is at
+    or above that of a step that was lost, rows have moved as it asked.
+    """
     @_builtins.property
     def row_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Lengths of the rows the session holds: empty when new."""
@@ -615,10 +717,11 @@ class Opened(_message.Message):
         *,
         session_id: _builtins.bytes = ...,
         row_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        last_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["row_lengths", b"row_lengths", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_step", b"last_step", "row_lengths", b"row_lengths", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

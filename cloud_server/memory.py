@@ -1,0 +1,58 @@
+"""Running out of memory: how to know it, what to say at the start, and how much there is."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+# What torch and the system say; torch's allocator for the CPU has no error type of its own.
+WORDS = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+
+
+@contextmanager
+def needing_memory(advice: str) -> Iterator[None]:
+    """Say what to do if there is no memory for what is made here.
+
+    Raises
+    ------
+    ValueError
+        With ``advice``, in place of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OverflowError) or is_out_of_memory(error):
+            raise ValueError(advice) from error
+        raise
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Return the memory that this process may still take (bytes), None where that cannot be known.
+
+    Parameters
+    ----------
+    root
+        Where ``proc`` and ``sys`` are.
+    """
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = root / "sys/fs/cgroup"  # in a container, its own limit
+        most = (group / "memory.max").read_text().strip()
+        if most != "max":
+            found.append(max(0, int(most) - int((group / "memory.current").read_text())))
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(found, default=None)

@@ -1,0 +1,35 @@
+"""What a person is told of an error: what is wrong, where, and what to do. No error numbers.
+
+What this project raises is in words already. What the operating system says of a file is not: it has a
+number, and does not say whether a file or a folder was looked for.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+FOR_ANOTHER = {errno.EACCES, errno.EPERM, errno.EROFS}
+NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error's message for a person."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if error.filename is None:
+        return str(error.strerror)
+    path = Path(os.fsdecode(error.filename))
+    if error.errno in NOT_A_FOLDER and (file := _file_on_the_way(path)) is not None:
+        return f"{file} is a file, and a folder is needed there: move it away, or name another folder"
+    if error.errno in FOR_ANOTHER:
+        return f"this user may not use {path}: change its owner or its permissions, or name another place"
+    if error.errno == errno.ENOENT:
+        return f"there is no {path}"
+    if error.errno == errno.EISDIR:
+        return f"{path} is a folder, and a file is needed there: name another"
+    return f"cannot use {path}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+
+
+def _file_on_the_way(path: Path) -> Path | None:
+    """Return the first part of a path that is a file, None if there is none."""
+    return next((part for part in (*reversed(path.parents), path) if part.is_file()), None)

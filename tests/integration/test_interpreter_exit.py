@@ -1,0 +1,31 @@
+"""A program that ends without closing its model leaves nothing behind in the cloud."""
+
+import subprocess
+import sys
+import time
+
+from benchmarks.processes import ROOT, child_environment
+from tests.integration.served import Served
+
+PROGRAM = """
+import sys
+import torch
+from edge_client.model import PrivateLoraForCausalLM
+
+model = PrivateLoraForCausalLM.from_cloud(sys.argv[1])
+kept = model(torch.tensor([[5, 6, 7]])).past_key_values
+sys.exit(3)
+"""
+
+
+def test_a_model_that_nobody_closed_ends_its_session_in_order(tiny_cloud: Served) -> None:
+    before = len(tiny_cloud.process.logs())
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tiny_cloud.address],
+        cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while "closed: ended" not in (log := tiny_cloud.process.logs()[before:]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "closed: ended" in log and "lost its stream" not in log

@@ -1,0 +1,65 @@
+"""What a person reads when the operating system says no."""
+
+import errno
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cloud_server import cli as cloud_cli
+from edge_client import cli as edge_cli
+from shared.complaint import in_words
+from shared.disk import DiskFullError
+
+
+def test_what_was_said_in_words_stays() -> None:
+    assert in_words(ValueError("a plan needs a name")) == "a plan needs a name"
+    assert in_words(DiskFullError("no room on the disk")) == "no room on the disk"
+    assert in_words(OSError("cannot listen")) == "cannot listen"
+    assert in_words(OSError(errno.EADDRINUSE, "cannot listen on a:1")) == "cannot listen on a:1"
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    acts = (file.mkdir, lambda: (file / "a" / "b").mkdir(parents=True), (file / "a").touch)
+    for act in acts:
+        with pytest.raises(OSError) as caught:
+            act()
+        assert in_words(caught.value).startswith(f"{file} is a file, and a folder is needed there")
+
+
+def test_other_things_that_are_not_as_they_should_be(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        tmp_path.read_bytes()
+    assert in_words(caught.value).startswith(f"{tmp_path} is a folder, and a file is needed there")
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "none").read_bytes()
+    assert in_words(caught.value) == f"there is no {tmp_path / 'none'}"
+    refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+    assert in_words(refused).startswith(f"this user may not use {tmp_path}")
+    assert in_words(OSError(errno.EIO, "Input/output error", b"/x")) == "cannot use /x: input/output error"
+
+
+def test_a_config_folder_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config"
+    file.touch()
+    monkeypatch.setenv("PRIVATELORA_CONFIG_DIR", str(file))
+    for command in (["adapter", "list"], ["adapter", "show", "me"], ["adapter", "use", "me"]):
+        said = CliRunner().invoke(edge_cli.app, command)
+        words = " ".join(said.output.split())
+        assert said.exit_code == 1 and f"{file} is a file, and a folder is needed there" in words, command
+
+
+def test_a_cloud_whose_cache_folder_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "cache"
+    file.touch()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    said = CliRunner().invoke(
+        cloud_cli.app,
+        ["serve", "--listen", f"127.0.0.1:{port}", "--cache-dir", str(file), "--metrics", "off"],
+    )
+    assert said.exit_code == 1 and f"{file} is a file, and a folder is needed there" in said.output
+    assert "Errno" not in said.output
