@@ -80,7 +80,7 @@ def pair(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         model.close()
     logs = ""
     for cloud in made.alive:
-        cloud.stop()
+        cloud.kill()  # told to stop, it would wait for the sessions that went elsewhere
         logs += cloud.logs()
     assert "Traceback" not in logs and "never retrieved" not in logs, logs[-3000:]
 
