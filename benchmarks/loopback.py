@@ -190,7 +190,8 @@ def main() -> None:
 
             head = plain.lm_head
             if arguments.separate_heads and count > 1:
-                plain.lm_head, split._head = RowByRow(head), split.lm_head
+                # the bound method: a module could not be taken back by what is none
+                plain.lm_head, split._head = RowByRow(head), split.lm_head.forward
             before = split.connection.describe()
             pairs = in_turn(arguments.rounds, ours, theirs)
             after = split.connection.describe()
