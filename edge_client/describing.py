@@ -5,6 +5,7 @@ Used on the connection's thread only.
 """
 
 import asyncio
+import contextlib
 from typing import Any
 
 import grpc
@@ -19,7 +20,8 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
 Code = grpc.StatusCode
 DESCRIBE = "/privatelora.v1.PrivateLoraService/Describe"
-PAUSE_S = 0.2  # between two rounds of the addresses
+PAUSE_S = 0.2  # before an address that nobody answers at is asked again
+HEAD_START_S = 1.0  # of each address before the next, as in RFC 8305: one that says nothing costs no more
 AWAY = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
 
 
@@ -51,8 +53,8 @@ class Describing:
         CloudConnectionError
             If none does in time.
         """
-        if len(self._replicas.own) > 1 and (found := await self._one_of_several()) is not None:
-            return found
+        if len(self._replicas.own) > 1:
+            return await self._one_of_several()
         target = self._replicas.current
         async with self._routes.use(target) as route:
             if self._tls:  # only without waiting does gRPC say what is wrong
@@ -96,42 +98,73 @@ class Describing:
             return await awaitable
         except grpc.aio.AioRpcError as error:
             if error.code() in AWAY:
-                encrypted = "" if self._tls else " Or does it serve TLS? Then give --tls-ca or --tls"
-                raise CloudConnectionError(
-                    f"no cloud answers at {' or '.join(self._replicas.own)} (waited up to "
-                    f"{self._patience_s:.0f} s); is `privatelora-cloud serve` running there, and is the "
-                    f"address right?{encrypted}"
-                ) from None
+                raise self._nobody() from None
             raise _refusal(target, error) from None
 
-    async def _one_of_several(self) -> bytes | None:
-        """Return what the first address states that answers; None if nobody is there.
+    async def _one_of_several(self) -> bytes:
+        """Return what the first address states that answers.
 
         Who refuses is asked no more: neither a token nor a certificate becomes right by waiting. It is the
         end only if no other answers.
         """
-        until = asyncio.get_running_loop().time() + self._patience_s
-        left, refusals = list(self._replicas.own), list[CloudConnectionError]()
-        while left and asyncio.get_running_loop().time() < until:
-            for address in tuple(left):
-                self._replicas.current = address
+        loop, refusals = asyncio.get_running_loop(), list[CloudConnectionError]()
+        until, before = loop.time() + self._patience_s, asyncio.Event()
+        before.set()
+        asking: dict[asyncio.Task[bytes], str] = {}
+        for number, address in enumerate(self._replicas.own):
+            away = asyncio.Event()
+            asking[loop.create_task(self._in_turn(address, before, number * HEAD_START_S, away))] = address
+            before = away
+        try:
+            while asking and (left_s := until - loop.time()) > 0:
+                done, _ = await asyncio.wait(asking, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    address = asking.pop(task)
+                    try:
+                        found = task.result()
+                    except CloudConnectionError as refusal:
+                        refusals.append(refusal)
+                    else:
+                        self._replicas.current = address
+                        return found
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        raise refusals[0] if refusals else self._nobody()
+
+    async def _in_turn(
+        self, address: str, before: asyncio.Event, longest_wait_s: float, away: asyncio.Event
+    ) -> bytes:
+        """Ask one address until it answers or refuses.
+
+        Begins when nobody is at the one ``before``, or after so long; says ``away`` to the next.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):  # not the built-in one before Python 3.11
+            await asyncio.wait_for(before.wait(), longest_wait_s or None)
+        try:
+            while True:
                 try:
                     async with self._routes.use(address) as route:
                         return await self._ask(route)
                 except grpc.aio.AioRpcError as error:
                     if self._tls and (problem := tls_problem(error.details() or "", address)):
-                        refusals.append(_wrong_certificate(address, problem))
-                    elif error.code() not in AWAY:
-                        refusals.append(_refusal(address, error))
-                    else:
-                        await self._routes.set_aside(route)
-                        continue
-                    left.remove(address)
-            if left:
+                        raise _wrong_certificate(address, problem) from None
+                    if error.code() not in AWAY:
+                        raise _refusal(address, error) from None
+                await self._routes.set_aside(route)
+                away.set()
                 await asyncio.sleep(PAUSE_S)
-        if refusals:
-            raise refusals[0]
-        return None
+        finally:
+            away.set()
+
+    def _nobody(self) -> CloudConnectionError:
+        encrypted = "" if self._tls else " Or does it serve TLS? Then give --tls-ca or --tls"
+        return CloudConnectionError(
+            f"no cloud answers at {' or '.join(self._replicas.own)} (waited up to "
+            f"{self._patience_s:.0f} s); is `privatelora-cloud serve` running there, and is the "
+            f"address right?{encrypted}"
+        )
 
     async def _ask(self, route: Route, **options: Any) -> bytes:
         request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION).SerializeToString()

@@ -110,3 +110,66 @@ async def test_one_that_refuses_does_not_keep_an_edge_from_the_others() -> None:
     finally:
         for server in (one, two, three):
             await server.stop(None)
+
+
+async def test_one_that_says_nothing_does_not_keep_an_edge_from_the_others() -> None:
+    async def say_nothing(raw: bytes, context: object) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    async def answer(raw: bytes, context: object) -> bytes:
+        return b"here"
+
+    (one, silent), (two, mute), (three, good) = [await serving(d) for d in (say_nothing, say_nothing, answer)]
+    replicas = Replicas(f"{silent},{mute},{good}")
+    routes = Routes(Credentials(), replicas)
+    try:  # one after the other, this would take hours
+        assert await Describing(routes, replicas, tls=False, patience_s=36_000.0).first() == b"here"
+        assert replicas.current == good
+        assert not [route for route in map(routes.known, replicas.own) if route is not None and route.streams]
+    finally:
+        await routes.close()
+        for server in (one, two, three):
+            await server.stop(None)
+
+
+async def test_one_that_comes_up_late_is_found_though_another_says_nothing() -> None:
+    asked = 0
+
+    async def say_nothing(raw: bytes, context: object) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    async def answer_the_third(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        nonlocal asked
+        asked += 1
+        if asked < 3:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "still loading")
+        return b"here"
+
+    (one, silent), (two, late) = [await serving(d) for d in (say_nothing, answer_the_third)]
+    replicas = Replicas(f"{silent},{late}")
+    routes = Routes(Credentials(), replicas)
+    try:
+        assert await Describing(routes, replicas, tls=False, patience_s=36_000.0).first() == b"here"
+        assert asked == 3 and replicas.current == late
+    finally:
+        await routes.close()
+        for server in (one, two):
+            await server.stop(None)
+
+
+async def test_where_nobody_answers_in_time_all_addresses_are_named() -> None:
+    async def say_nothing(raw: bytes, context: object) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    server, silent = await serving(say_nothing)
+    replicas = Replicas(f"{silent},127.0.0.1:1")
+    routes = Routes(Credentials(), replicas)
+    try:
+        with pytest.raises(CloudConnectionError, match=rf"no cloud answers at {silent} or 127\.0\.0\.1:1"):
+            await Describing(routes, replicas, tls=False, patience_s=0.5).first()
+    finally:
+        await routes.close()
+        await server.stop(None)
