@@ -11,9 +11,10 @@ import grpc
 import torch
 from torch import Tensor
 
+from edge_client.in_flight import Job
 from edge_client.resident import Resident
 from edge_client.resident_cache import RowCache
-from edge_client.session import Job, Resumed, Session
+from edge_client.session import Resumed, Session
 from edge_client.spans import Span, cut
 from edge_client.streams import SessionError, Traffic
 

@@ -7,19 +7,17 @@ caller of `step` is woken once a step, not once a layer. Knows hidden states and
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the built-in one before 3.11
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import grpc
-import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from edge_client import claims
 from edge_client.affinity import replica_in
 from edge_client.claims import Claim
+from edge_client.in_flight import Chunk, InFlight, Job
 from edge_client.personal import PersonalWeights
 from edge_client.spans import Span, cut
 from edge_client.streams import SessionError, Traffic, end, failure
@@ -29,27 +27,6 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.wire_dtypes import WireDtypes
 
 MAX_TENSOR_BYTES = 4 * 2**20 - 2**16  # gRPC's cap on a message, less room for everything else
-
-
-@dataclass(eq=False)
-class Job:
-    """One call of `Session.step`: its chunks, and hL of each as it comes back."""
-
-    chunks: deque[tuple[bytes, int, int, int]]  # message, number, positions, kept positions
-    future: "Future[Tensor]" = field(default_factory=Future)
-    numbers: set[int] = field(default_factory=set)
-    hidden: list[Tensor] = field(default_factory=list)
-    unfinished: int = 0
-
-
-@dataclass(eq=False)
-class Flight:
-    """A chunk that the cloud is working on."""
-
-    job: Job
-    tokens: int
-    keep: int
-    layer: int = -1  # the last one that has exchanged
 
 
 @dataclass(frozen=True)
@@ -92,12 +69,11 @@ class Session:
         upfront = personal.first is not None
         fits = MAX_TENSOR_BYTES // widest_row(self.plan, wire_dtypes, upfront=upfront)
         self.chunk_tokens = max(1, min(chunk_tokens, limits.max_step_tokens, fits))  # most in one message
-        self._max_in_flight = max(1, limits.max_steps_in_flight)
+        first = -1 if personal.first is None else personal.first.layer
+        self._in_flight = InFlight(max(1, limits.max_steps_in_flight), first)
         self._number = 0
         self._step_number = 0  # of the last step's first chunk
         self._claimed: Claim | None = None  # what the cloud was last told that rows may come to need
-        self._jobs: deque[Job] = deque()  # with chunks still to send
-        self._flights: dict[int, Flight] = {}
         self._outbox: deque[bytes] = deque()
         self._filled = asyncio.Event()
         self._writing = False
@@ -188,7 +164,7 @@ class Session:
         Chunks follow each other through the layers, so that the edge answers one while the cloud runs
         the next. ``goes_on``: these are further positions of the step that was submitted before.
         """
-        job = Job(deque())
+        chunks: deque[Chunk] = deque()
         claim, at = claims.present(), 0
         if not goes_on:
             self._step_number = self._number + 1
@@ -208,16 +184,15 @@ class Session:
                 answer = message.residual_codes.add()
                 answer.layer = layer
                 wire.fill_array(answer.codes, codes, self.wire_dtypes.residual_codes, self._groups)
-            raw = request.SerializeToString()
-            job.chunks.append((raw, self._number, tokens, keep))
+            chunks.append(Chunk(request.SerializeToString(), self._number, tokens, keep))
             parents, at = None, at + tokens
-        job.unfinished = len(job.chunks)
+        job = Job(chunks)
         self._loop.call_soon_threadsafe(self._start, job)
         return job
 
     def cancel(self) -> None:
         """Give up what is in flight. The next step must start where the given-up one did, or before."""
-        self._loop.call_soon_threadsafe(self._give_up)
+        self._loop.call_soon_threadsafe(self._in_flight.give_up)
 
     def abandon(self) -> None:
         """Break the stream off without waiting for anybody; the cloud may still hold the session."""
@@ -235,19 +210,13 @@ class Session:
         if self.error is not None:
             job.future.set_exception(self.error)
             return
-        self._jobs.append(job)
+        self._in_flight.add(job)
         self._launch()
 
     def _launch(self) -> None:
         """Send chunks as far as the cloud takes steps in flight."""
-        while self._jobs and len(self._flights) < self._max_in_flight:
-            job = self._jobs[0]
-            raw, number, tokens, keep = job.chunks.popleft()
-            if not job.chunks:
-                self._jobs.popleft()
-            first = -1 if self.personal.first is None else self.personal.first.layer
-            self._flights[number] = Flight(job, tokens, keep, layer=first)
-            self._outbox.append(raw)
+        if raws := self._in_flight.launch():
+            self._outbox.extend(raws)
             self._filled.set()
 
     async def _write_all(self) -> None:
@@ -281,7 +250,7 @@ class Session:
                 if raw is grpc.aio.EOF:
                     break
                 self._handle(self._parse(raw))
-                if len(self._flights) == 1:  # nothing comes before this is answered: no other task needed
+                if len(self._in_flight) == 1:  # nothing comes before this is answered: no other task needed
                     await self._write_waiting()
                 elif self._outbox:
                     self._filled.set()
@@ -317,7 +286,7 @@ class Session:
 
     def _exchange(self, message: pb.Codes) -> None:
         """Answer codes xA with residual codes xAM."""
-        flight = self._flights.get(message.step)
+        flight = self._in_flight.get(message.step)
         if flight is None:
             self._expect_given_up(message.step)
             return
@@ -340,39 +309,23 @@ class Session:
         self._outbox.append(request.SerializeToString())
 
     def _finish(self, message: pb.Hidden) -> None:
-        flight = self._flights.get(message.step)
+        flight = self._in_flight.get(message.step)
         if flight is None:
             self._expect_given_up(message.step)
             return
         shape = (flight.keep, self.plan.hidden_size)
         hidden = wire.decode(message.hidden, dtype=self.wire_dtypes.hidden, shape=shape, what="hidden")
-        del self._flights[message.step]  # only now: if that was refused, its job must hear of it
-        job = flight.job
-        job.hidden.append(hidden)
         self.traffic.round_trips += 1
-        job.unfinished -= 1
+        self._in_flight.land(message.step, hidden)  # only now: if that was refused, its job must hear of it
         self._launch()
-        if job.unfinished == 0:
-            _resolve(job.future, job.hidden[0] if len(job.hidden) == 1 else torch.cat(job.hidden))
 
     def _expect_given_up(self, number: int) -> None:
         if number > self._number:
             raise SessionError(f"an answer to step {number}, which was never sent")
 
-    def _give_up(self) -> None:
-        jobs = {id(f.job): f.job for f in self._flights.values()} | {id(j): j for j in self._jobs}
-        self._flights.clear()
-        self._jobs.clear()
-        for job in jobs.values():
-            job.future.cancel()
-
     def _fail(self, error: SessionError) -> None:
         self.error = error
-        jobs = {id(f.job): f.job for f in self._flights.values()} | {id(j): j for j in self._jobs}
-        self._flights.clear()
-        self._jobs.clear()
-        for job in jobs.values():
-            _resolve(job.future, error)
+        self._in_flight.fail(error)
 
     async def _close(self) -> None:
         self._fail(SessionError("the session was closed"))
@@ -380,14 +333,3 @@ class Session:
         for task in self._tasks:
             task.cancel()
         self._on_close(self)
-
-
-def _resolve(future: "Future[Any]", result: Any) -> None:
-    """Set a result or an error, unless the caller has given up."""
-    try:
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-    except InvalidStateError:
-        pass
