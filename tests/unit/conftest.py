@@ -5,14 +5,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from tests.families import save
 from tests.inprocess import Cloud
 from tests.splits import Split, serve, split_of
-
-settings.register_profile("any machine", deadline=None)  # how long an example takes is the machine's affair
-settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="module")

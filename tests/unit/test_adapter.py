@@ -229,7 +229,7 @@ def test_missing_files_and_folders(tmp_path):
             Adapter.load(place)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damage_is_refused_or_harmless(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("damaged") / "mine.safetensors"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -341,6 +341,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestAgainstLists = Machine.TestCase
-TestAgainstLists.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestAgainstLists.settings = settings(max_examples=40, stateful_step_count=25)

@@ -419,7 +419,7 @@ def test_a_pipe_does_not_hang(tmp_path):
         read_header(tmp_path / "x.safetensors")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(where=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.integers(0, 10_000))
 def test_a_damaged_header_is_refused_or_stays_in_bounds(where, value, cut, tmp_path_factory):
     content = bytearray(save({"a": torch.zeros(3, 2), "b": torch.zeros(5, dtype=torch.bfloat16)}))
@@ -508,7 +508,7 @@ def test_remembered_digests_notice_a_change(tmp_path):
     assert file_sha256(path, tmp_path).hex() == hashlib.sha256(b"two").hexdigest()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text())
 def test_slugs_are_single_safe_names(text):
     assert slug(text) and "/" not in slug(text) and not slug(text).startswith(".") and len(slug(text)) <= 48

@@ -134,7 +134,7 @@ def test_positions_share_the_messages_overhead(plan):
 # --- time -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rtts=st.tuples(*[st.floats(0, 1)] * 2), positions=st.integers(1, 16))
 def test_a_longer_round_trip_never_is_faster(rtts, positions):
     drafting = Drafting(positions=positions)

@@ -31,7 +31,7 @@ def answers(draw):
     return tokens, steps
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(answers())
 def test_any_steps_can_be_taken_again(edge, answer):
     tokens, steps = answer
