@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import fuzz, fuzz_context, fuzz_files, fuzz_local, fuzz_offers
+from benchmarks import fuzz, fuzz_cloud, fuzz_context, fuzz_files, fuzz_hostile, fuzz_local, fuzz_offers
 from benchmarks.fuzz_cases import Failure, Finding, Share, Sort, Tally, finding, sorts
 from benchmarks.fuzz_cloud import KINDS, Cloud
 from benchmarks.fuzz_edges import DecodeEdge
@@ -24,16 +24,22 @@ from benchmarks.fuzz_model import save_model
 from benchmarks.fuzz_mutation import Mutator, corpus_of
 from cloud_server import reception
 from edge_client import session as session_module
+from edge_client.connection import Timeouts
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
-SECONDS = 100.0  # what is never reached: the counts end a run
+SECONDS = 1e6  # what is never reached: the counts end a run
+PATIENCE_S = 500.0  # of a case; only what hangs takes as long, however slow the machine
 MUTATED = 400  # messages
 FILES = 15  # of each kind
 
 
 @pytest.fixture(autouse=True)
-def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quiet_and_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PRIVATELORA_CONFIG_DIR", str(tmp_path / "settings"))
+    for module in (fuzz_context, fuzz_cloud, fuzz_local):
+        monkeypatch.setattr(module, "DEADLINE_S", PATIENCE_S)
+    monkeypatch.setattr(fuzz_local, "HUNG_S", 2 * PATIENCE_S)
+    monkeypatch.setattr(fuzz_hostile, "TIMEOUTS", Timeouts(connect_s=PATIENCE_S, step_s=PATIENCE_S))
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -95,7 +101,7 @@ def test_what_is_left_of_a_stream_is_found(tmp_path: Path, monkeypatch: pytest.M
     async def run() -> None:
         async with Cloud.running(tmp_path) as cloud:
             await cloud.check("right")
-            monkeypatch.setattr("benchmarks.fuzz_cloud.DEADLINE_S", 0.5)  # what is left never goes
+            monkeypatch.setattr(fuzz_cloud, "DEADLINE_S", 0.5)  # what is left never goes
             cloud.service.tuning.budget.used += 1
             with pytest.raises(Failure, match="1 tuning bytes"):
                 await cloud.check("wrong")
