@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,9 @@ from benchmarks.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 300.0  # the first start may fetch, unpack and factorise a model
-STOP_TIMEOUT_S = 10.0
+ASKING_S = 0.25  # between two questions: asking takes from what the cloud starts with
+DRAIN_S = 10.0  # so long a cloud may wait for its edges; then it is told to stop at once
+STOP_TIMEOUT_S = 120.0  # only what hangs is still there then
 
 
 class ProcessError(RuntimeError):
@@ -60,26 +63,35 @@ def child_environment(overrides: dict[str, str] | None = None) -> dict[str, str]
 
 def is_serving(
     address: str,
-    timeout_s: float = 1.0,
+    timeout_s: float = 60.0,
     prefix: Sequence[str] = (),
     credentials: grpc.ChannelCredentials | None = None,
 ) -> bool:
     """Ask the health service at `address` (host:port) whether the whole server is ready.
 
+    Where nobody listens, that is known at once; who listens may take `timeout_s` (seconds) for the answer.
     With a `prefix` a child asks, from where that puts it (a namespace). With `credentials` it is asked
     over TLS.
     """
     if prefix:
-        question = f"from benchmarks.processes import is_serving; exit(not is_serving({address!r}, 5.0))"
+        question = (  # for some seconds: a child that fails at once would soon be followed by the next
+            "import time; from benchmarks.processes import is_serving; until = time.monotonic() + 5\n"
+            f"while not (serving := is_serving({address!r}, {timeout_s!r})) and time.monotonic() < until:\n"
+            f"    time.sleep({ASKING_S})\n"
+            "exit(not serving)"
+        )
         command = [*prefix, sys.executable, "-c", question]
         return subprocess.run(command, cwd=ROOT, env=child_environment(), check=False).returncode == 0
+    own = (("grpc.use_local_subchannel_pool", 1),)  # another channel's failures here are not this one's
     channel = (
-        grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
+        grpc.insecure_channel(address, own)
+        if credentials is None
+        else grpc.secure_channel(address, credentials, own)
     )
     with channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True
+                health_pb2.HealthCheckRequest(), timeout=timeout_s
             )
         except grpc.RpcError:
             return False
@@ -203,7 +215,7 @@ class CloudProcess:
                     raise self._error(f"the cloud ended with status {status} before it was ready")
                 if time.monotonic() > deadline:
                     raise self._error(f"the cloud was not ready in {self._start_timeout_s:.0f} s")
-                time.sleep(0.05)
+                time.sleep(ASKING_S)
         except BaseException:
             self.stop()
             raise
@@ -219,14 +231,14 @@ class CloudProcess:
             self._process.wait()
 
     def stop(self) -> None:
-        """End the child with SIGTERM, with SIGKILL if it does not go in time."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        """End the child with SIGTERM, a second one if it waits for its edges, SIGKILL if it hangs."""
+        for patience_s in (DRAIN_S, STOP_TIMEOUT_S):
+            if self._process is None or self._process.poll() is not None:
+                return
+            self._process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
+        self.kill()
 
     def __enter__(self) -> "CloudProcess":
         return self.start()
