@@ -29,6 +29,7 @@ from tests.unit.session_talk import BLOCK_BYTES, PLAN, WIDTH, StandIn
 from tests.unit.test_service_resume import FINGERPRINT, hello
 
 Code = grpc.StatusCode
+PATIENCE_S = 600.0  # only what hangs takes as long, however slow the machine
 LIMITS = Limits(max_context_tokens=4 * BLOCK_TOKENS, max_step_tokens=500, max_rows=4, max_steps_in_flight=3)
 
 
@@ -39,7 +40,7 @@ class Cloud:
         engine: Any = StandIn(blocks)
         engine.config, engine.wake = SimpleNamespace(slice_s=0.005), lambda: None
         most = config.pop("max_sessions", 1000)
-        queue = QueueConfig(**{"max_wait_s": 30.0} | config)
+        queue = QueueConfig(**{"max_wait_s": PATIENCE_S} | config)
         limits = per_identity or IdentityLimits()
         settings = CloudConfig(queue=queue, per_identity=limits, max_sessions=most)
         offers = {FINGERPRINT.plan: Offer(PLAN, FINGERPRINT)}
@@ -63,7 +64,7 @@ class Cloud:
         return asyncio.get_running_loop().create_task(opened(), context=copy_context())
 
     async def open(self, blocks: int | None, who: str = "") -> Session:
-        return await asyncio.wait_for(self.opening(blocks, who), 120)
+        return await asyncio.wait_for(self.opening(blocks, who), PATIENCE_S)
 
     def close(self, session: Session) -> None:
         self.service.roster.leave(session, finished=True)
@@ -100,12 +101,32 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+class Clock:
+    """The time of the event loop and of those who wait for room, which the test moves."""
+
+    now = 1000.0
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", self)
+        monkeypatch.setattr("cloud_server.admission.time", SimpleNamespace(monotonic=self))
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def goes_on(self, seconds: float) -> None:
+        """Let time pass, a little at once."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now += 0.01
+            await settle()
+
+
 @asynccontextmanager
 async def waiting(task: "asyncio.Task[Session]") -> AsyncIterator[None]:
     await settle()
     assert not task.done(), "it was let in at once"
     yield
-    await asyncio.wait_for(task, 120)
+    await asyncio.wait_for(task, PATIENCE_S)
 
 
 # --- claims -----------------------------------------------------------------------------------------------
@@ -201,15 +222,17 @@ async def test_a_claim_grows_before_anybody_new_is_let_in_and_shrinks_at_once() 
     await settle()
     assert not growing.done() and not newcomer.done(), "the free block is kept for who claims more"
     await cloud.admission.claim(second, 2)
-    await asyncio.wait_for(growing, 120)
+    await asyncio.wait_for(growing, PATIENCE_S)
     assert first.claim == 6 and not newcomer.done()
     await cloud.admission.claim(first, 5)
-    await asyncio.wait_for(newcomer, 120)
+    await asyncio.wait_for(newcomer, PATIENCE_S)
     assert cloud.taken_blocks() == 8
 
 
-async def test_sessions_that_grow_one_after_the_other_keep_nobody_out_for_long() -> None:
-    cloud = Cloud(8, max_wait_s=0.2)
+async def test_sessions_that_grow_one_after_the_other_keep_nobody_out_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, cloud = Clock(monkeypatch), Cloud(8, max_wait_s=0.2)
     await cloud.open(4, "other")
     mine = [await cloud.open(1, "greedy") for _ in range(3)]
 
@@ -220,14 +243,17 @@ async def test_sessions_that_grow_one_after_the_other_keep_nobody_out_for_long()
                 await cloud.admission.claim(session, 8)
 
     growing = [asyncio.ensure_future(grow_again_and_again(s, 0.07 * n)) for n, s in enumerate(mine)]
-    await asyncio.sleep(0.15)
+    await clock.goes_on(0.15)
     let_in = 0
     for _ in range(5):  # there is a block that nobody holds or claims
-        try:
-            cloud.close(await cloud.open(1, "newcomer"))
+        newcomer = cloud.opening(1, "newcomer")
+        while not newcomer.done():
+            await clock.goes_on(0.01)
+        if newcomer.exception() is None:
+            cloud.close(newcomer.result())
             let_in += 1
-        except Refusal as refusal:
-            assert refusal.reason == "queue_deadline"
+        else:
+            assert refusal(newcomer).reason == "queue_deadline"
     for task in growing:
         task.cancel()
     assert let_in >= 2
@@ -253,17 +279,17 @@ async def test_dropped_sessions_make_room_oldest_first_and_only_if_that_is_enoug
     cloud.drop(old)
     cloud.drop(young)
     big = cloud.opening(4)
-    await asyncio.wait_for(big, 120)
+    await asyncio.wait_for(big, PATIENCE_S)
     assert len(cloud.service.sessions) == 2
     cloud.drop(live)
     again = await cloud.service.reception.let_in(hello(live.id))
     assert again is live, "who is picked up again has kept its room"
     cloud.drop(big.result())
     huge = cloud.opening(4)
-    await asyncio.wait_for(huge, 120)
+    await asyncio.wait_for(huge, PATIENCE_S)
     in_vain = cloud.opening(4)
     cloud.drop(live)
-    await asyncio.wait_for(in_vain, 120)
+    await asyncio.wait_for(in_vain, PATIENCE_S)
 
 
 async def test_no_dropped_session_is_evicted_in_vain() -> None:
@@ -299,7 +325,7 @@ async def test_sessions_are_counted_too() -> None:
 async def test_no_session_is_ever_refused_what_it_claimed(seed: int, share: int | None) -> None:
     """Sessions of every size come, grow, shrink, are dropped and go, in any order."""
     most = IdentityLimits(max_kv_bytes=None if share is None else share * BLOCK_BYTES)
-    dice, cloud = random.Random(seed), Cloud(12, most, max_wait_s=30.0)
+    dice, cloud = random.Random(seed), Cloud(12, most)
     opened = 0
 
     async def live() -> None:
@@ -325,7 +351,7 @@ async def test_no_session_is_ever_refused_what_it_claimed(seed: int, share: int 
         else:
             cloud.close(session)
 
-    await asyncio.wait_for(asyncio.gather(*(live() for _ in range(60))), 120)
+    await asyncio.wait_for(asyncio.gather(*(live() for _ in range(60))), PATIENCE_S)
     while cloud.service.roster.evict():
         pass
     assert opened == 60 and cloud.admission.waiting == 0 and cloud.cache.bytes_used == 0
@@ -363,12 +389,12 @@ async def test_who_waits_in_vain_has_had_its_identitys_turn(goes: str) -> None:
         cloud.admission._give_up(cloud.admission._opens["alice"][0])
     else:
         large[0].cancel()
-    await asyncio.wait_for(small, 120)
+    await asyncio.wait_for(small, PATIENCE_S)
     assert cloud.admission.waiting == 2 and not large[1].done() and not large[2].done()
     cloud.close(session)
     cloud.close(small.result())
-    cloud.close(await asyncio.wait_for(large[1], 120))
-    await asyncio.wait_for(large[2], 120)
+    cloud.close(await asyncio.wait_for(large[1], PATIENCE_S))
+    await asyncio.wait_for(large[2], PATIENCE_S)
     await asyncio.gather(large[0], return_exceptions=True)
 
 
@@ -382,10 +408,10 @@ async def test_nobody_is_overtaken_by_who_needs_less() -> None:
     await settle()
     assert not large.done() and not small.done()
     cloud.close(second)
-    await asyncio.wait_for(large, 120)
+    await asyncio.wait_for(large, PATIENCE_S)
     assert not small.done()
     cloud.close(large.result())
-    await asyncio.wait_for(small, 120)
+    await asyncio.wait_for(small, PATIENCE_S)
 
 
 async def test_the_queue_is_bounded_and_who_has_most_waiting_gives_way() -> None:
@@ -401,10 +427,10 @@ async def test_the_queue_is_bounded_and_who_has_most_waiting_gives_way() -> None
     await settle()
     assert refusal(more).reason == "queue_full"
     cloud.close(session)
-    first = await asyncio.wait_for(alice[0], 120)
+    first = await asyncio.wait_for(alice[0], PATIENCE_S)
     cloud.close(first)
-    cloud.close(await asyncio.wait_for(bob, 120))
-    cloud.close(await asyncio.wait_for(alice[1], 120))
+    cloud.close(await asyncio.wait_for(bob, PATIENCE_S))
+    cloud.close(await asyncio.wait_for(alice[1], PATIENCE_S))
 
 
 async def test_who_gives_way_may_just_have_gone_by_itself() -> None:
@@ -418,7 +444,7 @@ async def test_who_gives_way_may_just_have_gone_by_itself() -> None:
     assert goes.cancelled() and not bob.done() and cloud.admission.waiting == 2
     for task in (stays, bob):
         cloud.close(session)
-        session = await asyncio.wait_for(task, 120)
+        session = await asyncio.wait_for(task, PATIENCE_S)
 
 
 async def test_who_waits_can_be_counted_while_others_come() -> None:
@@ -474,7 +500,7 @@ async def test_who_goes_while_it_waits_leaves_nothing_behind() -> None:
     await settle()
     assert cloud.admission.waiting == 1
     cloud.close(session)
-    granted = await asyncio.wait_for(stays, 120)
+    granted = await asyncio.wait_for(stays, PATIENCE_S)
     late = cloud.opening(1, "alice")
     await settle()
     cloud.close(granted)  # `late` is granted its place, and is cancelled before it can use it

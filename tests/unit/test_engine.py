@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,7 +25,7 @@ OTHER = Plan.subset((1,), name="other", backbone="b", num_layers=LAYERS, hidden_
 CACHE = KvCache(geometry(build("llama").config), range(LAYERS), 1 << 16, torch.float32, torch.device("cpu"))
 
 
-PATIENCE_S = 1000.0  # longer than `Bench.until`: who is waited for in vain fails a test
+PATIENCE_S = 10_000.0  # longer than `Bench.until`: who is waited for in vain fails a test
 
 
 class Counting:
@@ -117,15 +116,12 @@ class Bench:
                 await task
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if condition():
-                return
+        """Wait for what must come about; pytest's own limit finds what does not."""
+        while not condition():
             await asyncio.sleep(0.0005)
-        raise AssertionError(f"never: {self.backbone.log[-5:]}, done {self.done}")
 
     async def settle(self) -> None:
-        """Let the engine do all it can."""
+        """Let the engine do more than it should."""
         for _ in range(20):
             await asyncio.sleep(0.001)
 
@@ -187,7 +183,7 @@ async def test_a_batch_has_a_largest_size() -> None:
 
 async def test_waiting_a_moment_brings_a_batch_together() -> None:
     """Two answers that arrive one after the other still run as one."""
-    bench = Bench(gather_wait_s=PATIENCE_S)
+    bench = Bench(gather_wait_s=PATIENCE_S, fairness_s=PATIENCE_S)
     bench.engine._short_batch_s = PATIENCE_S  # running apart would take as long
     bench.answers = False
     steps = [bench.submit(1), bench.submit(2)]
@@ -202,14 +198,15 @@ async def test_waiting_a_moment_brings_a_batch_together() -> None:
 
 
 async def test_everybody_who_was_waited_with_may_be_cancelled() -> None:
-    bench = Bench(gather_wait_s=5.0)
-    bench.engine._short_batch_s = 5.0  # running apart would take as long
+    bench = Bench(gather_wait_s=PATIENCE_S, fairness_s=PATIENCE_S)
+    bench.engine._short_batch_s = PATIENCE_S  # running apart would take as long
     bench.answers = False
     steps = [bench.submit(1), bench.submit(2)]
     async with bench.serving():
         await bench.until(lambda: len(bench.codes) == 2)
         bench.answer(steps[0])
         await bench.settle()
+        assert not bench.backbone.runs(0)
         for step in steps:
             bench.engine.cancel(step)
         bench.engine._wake.set()
@@ -219,7 +216,13 @@ async def test_everybody_who_was_waited_with_may_be_cancelled() -> None:
         await bench.until(lambda: bench.done == [3])
 
 
-async def test_sessions_that_have_a_token_now_are_waited_for() -> None:
+@pytest.fixture
+def nobody_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take nobody who rests for a person that reads, however slow the machine."""
+    monkeypatch.setattr("cloud_server.company.GONE_S", PATIENCE_S)
+
+
+async def test_sessions_that_have_a_token_now_are_waited_for(nobody_is_gone: None) -> None:
     """The next step of one waits at the first layer for the next step of the other."""
     bench = Bench(start_wait_share=1.0, fairness_s=PATIENCE_S)
     async with bench.serving():
@@ -235,7 +238,7 @@ async def test_sessions_that_have_a_token_now_are_waited_for() -> None:
     assert bench.backbone.runs(0)[-1] == [(2, 0, 1), (3, 0, 1)]
 
 
-async def test_a_session_does_not_wait_for_itself_whatever_its_rows() -> None:
+async def test_a_session_does_not_wait_for_itself_whatever_its_rows(nobody_is_gone: None) -> None:
     """Beams: a token's rows are forked and rearranged, so the next step's first row is another one."""
     bench = Bench(start_wait_share=1.0, fairness_s=PATIENCE_S)
     async with bench.serving():
@@ -245,7 +248,7 @@ async def test_a_session_does_not_wait_for_itself_whatever_its_rows() -> None:
             bench.engine._pass_s = PATIENCE_S
 
 
-async def test_a_session_that_left_is_not_waited_for() -> None:
+async def test_a_session_that_left_is_not_waited_for(nobody_is_gone: None) -> None:
     bench = Bench(start_wait_share=1.0, fairness_s=PATIENCE_S)
     async with bench.serving():
         for number, owner in enumerate("ab"):
@@ -263,7 +266,7 @@ async def test_a_session_that_left_is_not_waited_for() -> None:
 
 
 async def test_decoding_goes_before_prefill() -> None:
-    bench = Bench()
+    bench = Bench(fairness_s=PATIENCE_S)
     bench.submit(1, 200, known=True)
     bench.submit(2, 1, known=True)
     async with bench.serving():
@@ -274,12 +277,13 @@ async def test_decoding_goes_before_prefill() -> None:
 
 async def test_a_long_step_yields_between_slices() -> None:
     """While somebody decodes, 100 positions run in slices, and decoding goes in between them."""
-    bench = Bench(slice_s=1e-9)
+    bench = Bench(slice_s=1e-9, fairness_s=PATIENCE_S)
     long = bench.submit(1, 100, known=True)
     waiting = bench.submit(2)
     bench.answers = False
     async with bench.serving():
-        await bench.until(lambda: bench.codes == [(2, 0)] and long.layer == LAYERS)
+        await bench.until(lambda: bench.codes == [(2, 0)] and bench.done == [1])
+        assert long.layer == LAYERS
         bench.answer(waiting)
         await bench.settle()
     slices = [s for run in bench.backbone.runs(0) for s in run if s[0] == 1]
@@ -287,7 +291,7 @@ async def test_a_long_step_yields_between_slices() -> None:
     assert all(hi - lo <= 16 for _, lo, hi in slices)
     assert bench.done == [1]
 
-    bench = Bench(slice_s=1e-9)
+    bench = Bench(slice_s=1e-9, fairness_s=PATIENCE_S)
     log: list[str] = []
     loop = asyncio.get_running_loop()
 
@@ -335,7 +339,7 @@ async def test_a_group_that_waited_long_goes_before_a_larger_one() -> None:
     for number in (2, 3, 4):
         bench.submit(number, known=True)
     assert [s.step.number for s in bench.engine.gather()[0]] == [1]
-    bench.engine.config = EngineConfig(fairness_s=100.0)
+    bench.engine.config = EngineConfig(fairness_s=PATIENCE_S)
     assert [s.step.number for s in bench.engine.gather()[0]] == [2, 3, 4]
 
 
@@ -381,7 +385,7 @@ async def test_a_running_step_is_cancelled_without_an_answer() -> None:
 
     def pause() -> None:
         entered.set()
-        assert go_on.wait(60)
+        go_on.wait()
 
     bench.backbone.before_run = pause
     step = bench.submit(1, known=True)

@@ -67,7 +67,7 @@ def _paused(cloud: Cloud) -> tuple[threading.Event, threading.Event]:
     def slow(slices: Sequence[Slice], cache: KvCache) -> None:
         if not go_on.is_set():
             entered.set()
-            assert go_on.wait(60)
+            go_on.wait()
         run(slices, cache)
 
     cloud.backbone.run = slow  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from edge_client.describing import CloudConnectionError, Describing
 from edge_client.replicas import Replicas
 from edge_client.routes import Route, Routes
 
+WAIT_S = 300.0  # only what hangs takes as long, however slow the machine
 Describe = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
 
 
@@ -39,15 +40,15 @@ async def test_what_is_under_way_on_a_channel_outlives_its_being_set_aside() -> 
     server, address = await serving(describe)
     replicas = Replicas(address)
     routes = Routes(Credentials(), replicas)
-    describing = Describing(routes, replicas, tls=False, patience_s=30.0)
+    describing = Describing(routes, replicas, tls=False, patience_s=WAIT_S)
     try:
         answer = asyncio.create_task(describing.at_once(address))
-        await asyncio.wait_for(asked.wait(), 30)
+        await asyncio.wait_for(asked.wait(), WAIT_S)
         route = routes.known(address)
         assert route is not None
         await routes.set_aside(route)  # as another session's failure does
         may_answer.set()
-        assert await asyncio.wait_for(answer, 30) == b"here"
+        assert await asyncio.wait_for(answer, WAIT_S) == b"here"
         fresh = await routes.to(address)
         assert fresh is not route and route.streams == fresh.streams == 0
         assert route.channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
@@ -96,7 +97,7 @@ async def test_one_that_refuses_does_not_keep_an_edge_from_the_others() -> None:
     try:
         replicas = Replicas(f"{refusing},{good}")
         routes = Routes(Credentials(), replicas)
-        assert await Describing(routes, replicas, tls=False, patience_s=30.0).first() == b"here"
+        assert await Describing(routes, replicas, tls=False, patience_s=WAIT_S).first() == b"here"
         assert asked == ["refused", "answered"] and replicas.current == good
         await routes.close()
 
@@ -104,7 +105,7 @@ async def test_one_that_refuses_does_not_keep_an_edge_from_the_others() -> None:
         replicas = Replicas(f"{refusing},{another}")
         routes = Routes(Credentials(), replicas)
         with pytest.raises(CloudConnectionError, match=f"{refusing}: UNAUTHENTICATED: no token"):
-            await Describing(routes, replicas, tls=False, patience_s=30.0).first()
+            await Describing(routes, replicas, tls=False, patience_s=WAIT_S).first()
         assert asked == ["refused"] * 2, "once each: it does not become right by waiting"
         await routes.close()
     finally:

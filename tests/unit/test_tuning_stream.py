@@ -19,6 +19,7 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 
 WIDTH, TOKENS = 6, 7
+WAIT_S = 300.0  # only what hangs takes as long, however slow the machine
 FACTS: dict[str, Any] = {
     "name": "p", "backbone": "b", "num_layers": 4, "hidden_size": WIDTH, "r_c2d": 2, "r_d2c": 3,
     "layout": "per_projection", "initialiser": "orthonormal",
@@ -90,7 +91,7 @@ class Scripted:
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
 
-    def connect(self, timeout_s: float = 60.0, dtype: Any = DOUBLE) -> TuneStream:
+    def connect(self, timeout_s: float = WAIT_S, dtype: Any = DOUBLE) -> TuneStream:
         async def start() -> TuneStream:
             self.call = Call()
             self.serving.append(self.loop.create_task(self.serve()))
@@ -98,7 +99,7 @@ class Scripted:
             await stream.open(pb.TuneOpen(protocol_version=1, wire_dtype=dtype), timeout_s)
             return stream
 
-        return asyncio.run_coroutine_threadsafe(start(), self.loop).result(90)
+        return asyncio.run_coroutine_threadsafe(start(), self.loop).result(2 * WAIT_S)
 
     async def serve(self) -> None:
         assert (await self.take()).HasField("open")
@@ -162,7 +163,7 @@ class Scripted:
             await self.give(pb.TuneResponse(**{kind: message}))
             answered = {("codes", 0), ("codes", 2), ("residual_codes_gradient", 2)}
             if self.waits_for_answers and first == 0 and (kind, layer) in answered:
-                deadline = self.loop.time() + 60
+                deadline = self.loop.time() + WAIT_S
                 while self.call.up.empty():
                     assert self.loop.time() < deadline, "one sequence is not answered on its own"
                     await asyncio.sleep(0.001)
@@ -186,7 +187,7 @@ class Scripted:
             if self.serving:
                 await asyncio.wait(self.serving)
 
-        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(90)
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(2 * WAIT_S)
 
     def end(self) -> None:
         self.fall_silent()
