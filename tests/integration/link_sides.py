@@ -3,8 +3,7 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ needs_namespaces = pytest.mark.skipif(LACKING is not None, reason=f"needs {LACKI
 either_kind = pytest.mark.parametrize("kind", ["proxy", NAMESPACES])
 
 SLOW = Preset(name="slow", rtt_ms=30, up_mbit_s=8, down_mbit_s=16)
-GONE_S = 120.0  # until which something that should vanish may take; then it is taken to stay
 
 # Each runs on the edge's side and prints one JSON line.
 ECHO = """
@@ -99,15 +97,6 @@ def namespaces() -> set[str]:
         return set()
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     return {line.split()[0] for line in listed.splitlines() if line.startswith("privatelora-")}
-
-
-def becomes_true(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + GONE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def runs(pid: int) -> bool:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.processes import ROOT
 from cloud_server.probes import LIVENESS, health_of
 from tests.integration.raw_edge import RawEdge
 from tests.unit.test_deployment import environment, expressions, of
+from tests.waiting import until
 
 DOCKER = ROOT / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
@@ -135,12 +135,16 @@ def deployed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             stderr=out,
         )
     try:
-        until = time.monotonic() + 600
-        while subprocess.run(
-            cloud.argv("HEALTHCHECK"), env=surroundings, capture_output=True, check=False
-        ).returncode:
-            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-            time.sleep(0.5)
+
+        def is_healthy() -> bool:
+            check = cloud.argv("HEALTHCHECK")
+            return not subprocess.run(check, env=surroundings, capture_output=True, check=False).returncode
+
+        def still() -> bool:
+            assert process.poll() is None, log.read_text()[-3000:]
+            return True
+
+        until(is_healthy, still)
         yield {
             "cloud": cloud,
             "edge": edge,
@@ -219,17 +223,18 @@ def test_the_cloud_drains_writes_to_its_volume_only_and_ends_in_order(deployed: 
         stream.step([(0, 0, 4, 1)])  # who is in the middle of a step delays the end
         first = stream.receive()
         process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until and ("NOT_SERVING", "SERVING") not in seen:
+
+        def says_that_it_goes() -> bool:
             seen.add((health_of(probes, timeout_s=60.0), health_of(probes, LIVENESS, timeout_s=60.0)))
-            time.sleep(0.05)
-        assert ("NOT_SERVING", "SERVING") in seen, seen
+            return ("NOT_SERVING", "SERVING") in seen
+
+        until(says_that_it_goes, lambda: process.poll() is None)
         assert process.poll() is None, "a step is under way"
         stream.answer(first.codes.layer, stream.zeros(4)[first.codes.layer])
         while not (message := stream.receive()).HasField("hidden"):
             stream.answer(message.codes.layer, stream.zeros(4)[message.codes.layer])
         assert stream.refused().code is grpc.StatusCode.UNAVAILABLE, "and is told to move when it is done"
-    assert process.wait(120) == 0
+    assert process.wait() == 0
     assert health_of(probes, timeout_s=1.0) == "UNAVAILABLE"
     log = deployed["log"].read_text()
     assert "Traceback" not in log and os.path.getsize(deployed["log"]) > 0

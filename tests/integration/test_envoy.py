@@ -6,7 +6,6 @@ and a replica that is slow to answer a health check is not taken for a dead one:
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from shared.adapter import Adapter
 from shared.wire_dtypes import WireDtypes
 from tests.integration.raw_edge import RawEdge, RawStream
 from tests.integration.secured import certificates, started
+from tests.waiting import until
 
 CONFIGURATION = ROOT / "docker" / "kubernetes"
 
@@ -79,13 +79,16 @@ def front(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         )
         try:
             found = Front(f"127.0.0.1:{port}", outside, token, clouds)
-            until = time.monotonic() + 120
-            while not is_serving(found.address, 10.0, credentials=found.tls()):
-                assert envoy.poll() is None and time.monotonic() < until, (folder / "log").read_text()[-3000:]
+
+            def still() -> bool:
+                assert envoy.poll() is None, (folder / "log").read_text()[-3000:]
+                return True
+
+            until(lambda: is_serving(found.address, credentials=found.tls()), still)
             yield found
         finally:
             envoy.terminate()
-            envoy.wait(60)
+            envoy.wait()
 
 
 def _configure(folder: Path, inside: Path, outside: Path, port: int, admin: int, clouds: list[int]) -> None:
@@ -156,10 +159,7 @@ def test_the_edge_shows_where_its_session_was(front: Front) -> None:
         before = lost(front)
         for session in sessions:
             session.abandon()
-        deadline = time.monotonic() + 120
-        while lost(front) < before + len(sessions):
-            assert time.monotonic() < deadline, "the clouds do not notice that their streams are gone"
-            time.sleep(0.05)
+        until(lambda: lost(front) >= before + len(sessions))
         for session in sessions:
             assert connection.resume(session, stated).row_lengths == (4,)
             session.close()

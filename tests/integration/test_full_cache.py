@@ -1,6 +1,5 @@
 """A cloud with hardly any memory: refusals with a hint, eviction, and an edge that does not read."""
 
-import time
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -14,6 +13,7 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from tests.families import COMMON, tokenizer
 from tests.integration.raw_edge import RawEdge, RawStream
 from tests.integration.served import TINY_PLANS, WIDE, WIDE_BLOCK_BYTES, WIDE_BLOCKS, Served
+from tests.waiting import until
 
 Code = grpc.StatusCode
 HIDDEN, WIDTH = 48, 24  # of the tiny model and its plan r8
@@ -75,16 +75,8 @@ def fill(edge: RawEdge, positions: int) -> RawStream:
     return stream
 
 
-def until(what: str, holds: Callable[[], bool], patience_s: float = 120.0) -> None:
-    """Wait for something that must come about."""
-    deadline = time.monotonic() + patience_s
-    while not holds():
-        assert time.monotonic() < deadline, f"after {patience_s:g} s, not so: {what}"
-        time.sleep(0.01)
-
-
 def until_one_waits(edge: RawEdge) -> None:
-    until("a session waits for room", lambda: edge.describe().load.waiting == 1)
+    until(lambda: edge.describe().load.waiting == 1)
 
 
 def test_a_full_cache_is_refused_with_a_hint(hasty: RawEdge) -> None:
@@ -172,7 +164,7 @@ def test_eviction_in_the_middle_of_a_rearranged_step(patient: RawEdge, roomless:
     before = lost()
     for stream in dropped:
         stream.drop()
-    until("the cloud knows that all of them are gone", lambda: lost() >= before + len(dropped))
+    until(lambda: lost() >= before + len(dropped))
     # new row 1 is old row 0; both forks copy their last block, so something has to go
     spans = [(0, 33, 1, 1), (1, 33, 1, 1), (2, 33, 1, 1)]
     found = beams.run(spans, np.repeat(h0[69:70], 3, axis=0), parents=[1, 0, 0])
@@ -187,7 +179,7 @@ def test_a_client_that_stops_reading(cramped: RawEdge, cramped_cloud: Served) ->
     deaf = cramped.open()
     for row in range(8):
         deaf.step([(row, 0, 512, 512)], known=deaf.zeros(512))
-    until("it is cut off", lambda: "read nothing for 2" in cramped_cloud.process.logs())  # not reading
+    until(lambda: "read nothing for 2" in cramped_cloud.process.logs())  # not reading
     end = deaf.refused()
     assert end.code is Code.DEADLINE_EXCEEDED, end
     assert "read nothing for 2" in end.message

@@ -11,6 +11,7 @@ from cloud_server import tokens
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from tests.integration.raw_tune import RawTune
 from tests.integration.secured import Secured, certificates, started
+from tests.waiting import until
 
 Code = grpc.StatusCode
 
@@ -41,13 +42,6 @@ def held(limited: Secured) -> int:
     return limited.process.logs().count("held to be resumed")
 
 
-def wait_for_held(limited: Secured, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while held(limited) < count:
-        assert time.monotonic() < deadline, "the cloud does not notice that the stream is gone"
-        time.sleep(0.02)
-
-
 def test_sessions_of_an_identity(limited: Secured) -> None:
     with limited.raw("alice") as alice, limited.raw("bob") as bob:
         one, two = alice.open(), alice.open()
@@ -55,7 +49,7 @@ def test_sessions_of_an_identity(limited: Secured) -> None:
         bob.open().finish()  # whoever else comes is not concerned
         before = held(limited)
         one.drop()
-        wait_for_held(limited, before + 1)
+        until(lambda: held(limited) > before)
         three = alice.open()  # a dropped session of one's own makes room
         for stream in (two, three):
             stream.finish()
@@ -69,7 +63,7 @@ def test_kv_bytes_of_an_identity(limited: Secured) -> None:
         before = held(limited)
         two.step([(0, 33, 32, 1)])
         assert hint_s(two.refused()) > 0
-        wait_for_held(limited, before + 1)
+        until(lambda: held(limited) > before)
         with bob.open() as other:
             other.run([(0, 0, 33, 1)])
             other.finish()

@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks.link import Link, LinkError
 from benchmarks.processes import ROOT
-from tests.integration.link_sides import GONE_S, SLOW, becomes_true, namespaces, needs_namespaces, runs
+from tests.integration.link_sides import SLOW, namespaces, needs_namespaces, runs
+from tests.waiting import until
 
 pytestmark = pytest.mark.alone
 
@@ -33,7 +34,7 @@ def test_namespaces_and_what_runs_there_are_gone_after_an_exception() -> None:
         assert left_behind.stdout is not None and left_behind.stdout.readline()
         assert len(namespaces() - before) == 2
         raise Ordinary
-    assert left_behind.wait(GONE_S) == -signal.SIGKILL
+    assert left_behind.wait() == -signal.SIGKILL
     left_behind.stdout.close()
     assert namespaces() == before
     assert not [name for name in os.listdir("/sys/class/net") if name.startswith("pl")]
@@ -60,10 +61,10 @@ with Link(Preset(name="any", rtt_ms=2, up_mbit_s=8, down_mbit_s=8), "namespaces"
     made = json.loads(benchmark.stdout.readline())
     assert set(made["names"]) <= namespaces() and runs(made["forwarder"])
     benchmark.send_signal(number)
-    benchmark.communicate(timeout=GONE_S)
-    assert becomes_true(lambda: not set(made["names"]) & namespaces())
-    assert becomes_true(lambda: not runs(made["forwarder"]))
-    assert becomes_true(lambda: not runs(made["sleeper"]))
+    benchmark.communicate()
+    until(lambda: not set(made["names"]) & namespaces())
+    until(lambda: not runs(made["forwarder"]))
+    until(lambda: not runs(made["sleeper"]))
 
 
 @needs_namespaces

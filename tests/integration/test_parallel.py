@@ -29,6 +29,7 @@ from tests.integration.served import TINY_PLANS, Served
 from tests.integration.test_tune import Truth
 from tests.parallel import ParallelCloud
 from tests.plans import lowrank_for, matrices_for, plan_for
+from tests.waiting import until
 
 PATIENCE_S = 300.0
 
@@ -60,10 +61,7 @@ def below(pid: int) -> list[int]:
 
 
 def gone(pids: list[int]) -> bool:
-    """Wait until none of these runs."""
-    until = time.monotonic() + PATIENCE_S
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
-        time.sleep(0.05)
+    """Whether none of these runs."""
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
@@ -127,7 +125,8 @@ def test_sigterm_ends_all_ranks_in_order(small_model: Path, cache_dir: Path) -> 
         ranks = below(process.pid)
         assert len(ranks) == 1
         os.kill(process.pid, signal.SIGTERM)
-        assert ended(process) == 0 and gone(ranks)
+        assert ended(process) == 0
+        until(lambda: gone(ranks))
         said = process.logs()
         assert "stopping: " in said and "did not end in order" not in said
         assert "Fatal Python error" not in said and "Traceback" not in said
@@ -142,10 +141,7 @@ def test_a_rank_does_not_outlive_rank_0(small_model: Path, cache_dir: Path) -> N
         assert rank.stdin is not None
         rank.stdin.write(json.dumps(told).encode() + b"\n")
         rank.stdin.flush()
-        until = time.monotonic() + PATIENCE_S
-        while not (cache_dir / "store").exists():
-            assert time.monotonic() < until, "it does not get as far as to wait"
-            time.sleep(0.05)
+        until((cache_dir / "store").exists, lambda: rank.poll() is None)
         assert rank.poll() is None, "it should wait"
         rank.stdin.close()  # as the system does when rank 0 is killed
         assert rank.wait(PATIENCE_S) == 1
@@ -163,7 +159,7 @@ def test_torchrun_starts_the_same_replica(small_model: Path, cache_dir: Path) ->
         assert len(ranks) >= 2
         os.kill(process.pid, signal.SIGTERM)
         ended(process)  # torchrun itself calls every end by a signal an error
-        assert gone(ranks)
+        until(lambda: gone(ranks))
         assert "stopping: " in process.logs() and "cannot go on" not in process.logs()
 
 

@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from benchmarks.processes import CloudProcess
 from tests.integration.raw_edge import RawEdge
 from tests.integration.served import TINY_PLANS
+from tests.waiting import until
 
 Serve = Callable[[], tuple[CloudProcess, "subprocess.Popen[bytes]"]]
 DRAIN_S = 600.0  # far longer than anything here may take
@@ -41,10 +41,12 @@ def serve(small_model: Path, tmp_path: Path) -> Iterator[Serve]:
 def test_asked_twice_without_streams_it_ends_well_all_the_same(serve: Serve) -> None:
     """Until it has ended: a signal that finds no handler any more would kill it."""
     _, process = serve()
-    began = time.monotonic()
-    while process.poll() is None and time.monotonic() < began + DRAIN_S / 2:
+
+    def ends() -> bool:
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.01)
+        return process.poll() is not None
+
+    until(ends)
     assert process.wait(0) == 0
 
 
@@ -69,10 +71,7 @@ def test_asked_twice_in_the_middle_of_a_step_it_stops_at_once(serve: Serve) -> N
         stream.step()
         assert stream.receive().codes.layer == 0  # from here on the cloud waits for this edge
         process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 120
-        while "told to move" not in cloud.logs():
-            assert time.monotonic() < deadline, "the cloud does not heed the signal"
-            time.sleep(0.05)
+        until(lambda: "told to move" in cloud.logs())
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)  # the step may still be finished
         process.send_signal(signal.SIGTERM)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.integration.served import TINY_PLANS, Served
 from tests.plans import matrices_for
 from tests.tuning import InDouble
 from tests.unit.tuning_fake import direct_loss, examples
+from tests.waiting import until
 
 STEPS = 20
 PATIENCE_S = 600.0  # with what must come about; it takes seconds
@@ -73,11 +73,12 @@ class Tuning:
             command, cwd=ROOT, env=child_environment(self.env), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        deadline = time.monotonic() + PATIENCE_S
-        while psutil.Process(edge.pid).status() != psutil.STATUS_STOPPED:
+
+        def still() -> bool:
             assert edge.poll() is None, edge.communicate()[0]
-            assert time.monotonic() < deadline, "the run does not get on"
-            time.sleep(0.01)
+            return True
+
+        until(lambda: psutil.Process(edge.pid).status() == psutil.STATUS_STOPPED, still)
         path = self.home / "data" / "runs" / name / "checkpoint.safetensors"
         assert load_checkpoint(path)[1].step == step
         return edge
