@@ -1,7 +1,9 @@
 """Looking after sessions between their messages: who is waited for in vain does not keep room for ever.
 
 Dropped sessions are freed when their grace period is over, or their caller may no longer come back. Connected
-ones that are silent for too long are cut off, and what one claims between two answers lapses.
+ones that are silent for too long are cut off, and what one claims between two answers lapses. Time in which
+the whole process stood still (a stopped process, a suspended machine) counts for nobody: no edge could have
+been heard, or have come back.
 """
 
 import asyncio
@@ -23,9 +25,14 @@ async def housekeeping(service: "Service") -> None:
         await asyncio.sleep(interval_s)
         roster.admission.pump()  # for blocks that became free on their own, such as cropped ones
         now = time.monotonic()
-        if (frozen_s := now - before - interval_s) > FROZEN_S:
-            for session in roster.sessions.values():  # nobody could be heard meanwhile
-                session.heard_at += frozen_s
+        late_s = max(0.0, now - before - interval_s)
+        for session in roster.sessions.values():
+            # Never beyond now: who was heard or dropped since it woke up has lost nothing. A grace period
+            # may be shorter than any pause worth a name, so that no delay is too small to be granted.
+            if session.dropped_at is not None:
+                session.dropped_at = min(now, session.dropped_at + late_s)
+            if late_s > FROZEN_S:  # nobody could be heard meanwhile
+                session.heard_at = min(now, session.heard_at + late_s)
         for session in list(roster.sessions.values()):
             if session.dropped_at is not None:
                 may_still = service.guard.may_still(session.caller)
