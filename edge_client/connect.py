@@ -112,13 +112,13 @@ def open_model(
             first = FirstCodes.read(config, chosen.plan, folder)
 
         def open_session(personal: PersonalWeights) -> SessionLike:
+            # Before anything is opened: an adapter may not fit what this side computes in.
+            layers = None if resident is None else resident.with_factors(personal.factors)
             address = connection.target  # read once: another thread's recovery may move on at any time
             limits = offer.same_at(address, connection.described(address), personal.plan)
             message = fingerprint_message(offer.plans[personal.plan.name][1])
             session = connection.open_session(personal, message, on_wire, limits, address)
-            if resident is None:
-                return session
-            return ResidentSession(session, resident.with_factors(personal.factors))
+            return session if layers is None else ResidentSession(session, layers)
 
         def pick_up(session: SessionLike) -> Resumed:
             inner = session.session if isinstance(session, ResidentSession) else session

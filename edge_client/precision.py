@@ -1,8 +1,9 @@
-"""Edge parts in the dtype that this side computes in: what is finite as stored has to be finite there too."""
+"""Edge parts and LoRA factors in the dtype that this side computes in: finite as stored, finite there too."""
 
 import torch
 from torch import Tensor
 
+from shared.adapter import AdapterError
 from shared.edge_parts import EdgePartsError
 
 
@@ -24,6 +25,24 @@ def fitted(name: str, stored: Tensor, dtype: torch.dtype, device: torch.device |
             )
         raise EdgePartsError(f"{name} holds NaN or infinity; these edge parts are damaged or hostile")
     return found.to(device)
+
+
+def check_factor(name: str, factor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a LoRA factor that cannot be computed with; its numbers are never shown.
+
+    Raises
+    ------
+    AdapterError
+        If it holds numbers that are infinite in ``dtype``.
+    """
+    if torch.finfo(dtype).max >= torch.finfo(factor.dtype).max:
+        return  # nothing becomes infinite, and what was so before is for others to judge
+    if not _is_finite(factor.detach().to(dtype)):
+        kind = str(dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"the adapter's {name} holds numbers that {kind} cannot; let this side compute in another "
+            "(--dtype float32), or use another adapter"
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:

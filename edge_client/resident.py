@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from edge_client.hollow import hollow
 from edge_client.part_tensors import read_layer
-from edge_client.precision import fitted
+from edge_client.precision import check_factor, fitted
 from edge_client.resident_cache import RowCache
 from shared.edge_parts import EdgePartsError
 from shared.families import geometry, layer_types, rope_parameters
@@ -119,7 +119,13 @@ class Resident:
         return cls(config, plan, tensors, device, dtype)
 
     def with_factors(self, factors: Factors) -> "Resident":
-        """Return the same layers, sharing their weights, with these LoRAs in them."""
+        """Return the same layers, sharing their weights, with these LoRAs in them.
+
+        Raises
+        ------
+        AdapterError
+            If a factor holds numbers that are infinite in what these layers compute in.
+        """
         bound = copy.copy(self)
         bound.layers = []
         for layer, module in zip(self.plan.resident_layers, self.layers, strict=True):
@@ -129,6 +135,8 @@ class Resident:
             twin = copy.deepcopy(module, shared)
             for projection in self.plan.lora:
                 path = f"layers.{layer}.{projection.name}"
+                for factor in (f"{path}.down", f"{path}.up"):
+                    check_factor(factor, factors[factor], self.dtype)
                 parent, _, name = projection.name.rpartition(".")
                 owner = twin.get_submodule(parent)
                 lora = LoraLinear(

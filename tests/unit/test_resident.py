@@ -9,6 +9,7 @@ from torch import Tensor
 
 from edge_client.resident import Resident, _runs
 from edge_client.resident_cache import RowCache
+from shared.adapter import AdapterError
 from shared.edge_parts import EdgePartsError
 from shared.lora import factor_shapes, fresh_factors, zero_factors
 from shared.plan import Plan, Projection
@@ -160,3 +161,19 @@ def test_weights_that_are_infinite_in_what_this_side_computes_in_are_refused() -
     Resident(model.config, plan, tensors, "cpu", torch.bfloat16)
     with pytest.raises(EdgePartsError, match=r"layer 1: mlp.up_proj.* numbers that float16 cannot"):
         Resident(model.config, plan, tensors, "cpu", torch.float16)
+
+
+@pytest.mark.parametrize("part", ["down", "up"])
+def test_factors_that_are_infinite_in_what_this_side_computes_in_are_refused(part: str) -> None:
+    """They made every logit NaN."""
+    model = build("llama")
+    plan = resident_plan(model)
+    tensors = {layer: model.model.layers[layer].state_dict() for layer in plan.resident_layers}
+    factors = zero_factors(plan)
+    half = Resident(model.config, plan, tensors, "cpu", torch.float16)
+    half.with_factors(factors)
+    factors[f"layers.1.mlp.up_proj.{part}"][0, 0] = 1e6
+    for dtype in (torch.float32, torch.bfloat16):
+        Resident(model.config, plan, tensors, "cpu", dtype).with_factors(factors)
+    with pytest.raises(AdapterError, match=rf"layers.1.mlp.up_proj.{part} holds numbers that float16 cannot"):
+        half.with_factors(factors)
