@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shared.complaint import in_words
 from shared.help_text import Commands
 
 app = typer.Typer(cls=Commands, help="Make certificates to begin with.", no_args_is_help=True)
@@ -47,7 +48,7 @@ def dev(
         print(f"error: {error}; pip install '.[cloud]' adds it", file=sys.stderr)
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         raise typer.Exit(1) from None
     print(
         f"cloud: privatelora-cloud serve --tls-cert {server.cert} --tls-key {server.key} [--client-ca {ca}]"

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from shared.complaint import in_words
 from shared.help_text import Commands
 
 app = typer.Typer(
@@ -95,5 +96,5 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.cache import locked, replacing
+from shared.complaint import in_words
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def _read(path: Path) -> tuple[_Document, os.stat_result]:
             f"no token file at {path}; `privatelora-cloud token add NAME` makes it"
         ) from None
     except OSError as error:
-        raise TokenFileError(f"cannot read the token file {path}: {error.strerror}") from None
+        raise TokenFileError(f"cannot read the token file: {in_words(error)}") from None
     try:
         if len(raw) > MAX_FILE_BYTES:
             raise ValueError

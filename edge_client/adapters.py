@@ -15,6 +15,7 @@ import platformdirs
 from edge_client.trust import config_folder
 from shared.adapter import Adapter, AdapterError
 from shared.cache import locked, replacing
+from shared.complaint import in_words
 
 ENVIRONMENT_VARIABLE = "PRIVATELORA_DATA_DIR"
 ENDING = ".safetensors"
@@ -114,7 +115,7 @@ class AdapterStore:
             else:
                 adapter, problem = Adapter.load(path), ""
         except (AdapterError, OSError) as error:
-            problem = str(error)
+            problem = in_words(error)
         return Entry(name, path, size, adapter, problem)
 
     # --- which one is in use --------------------------------------------------------------------------

@@ -63,3 +63,52 @@ def test_a_cloud_whose_cache_folder_is_a_file(tmp_path: Path) -> None:
     )
     assert said.exit_code == 1 and f"{file} is a file, and a folder is needed there" in said.output
     assert "Errno" not in said.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["token", "add", "me", "--tokens", "FILE/tokens.json"], ["token", "list", "--tokens", "FILE/x"]),
+        *(
+            ["token", "revoke", "me", "--tokens", "FILE/x"],
+            ["token", "add", "me", "--tokens", "x", "--out", "FILE/x"],
+        ),
+        *(["cert", "dev", "--out", "FILE"], ["cert", "dev", "--out", "FILE/certs"]),
+    ],
+)
+def test_a_file_where_a_cloud_needs_a_folder(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    said = CliRunner().invoke(cloud_cli.app, [word.replace("FILE", str(file)) for word in command])
+    words = " ".join(said.output.split())
+    assert said.exit_code == 1 and f"{file} is a file, and a folder is needed there" in words, words
+    assert "Errno" not in words and "Not a directory" not in words
+
+
+@pytest.mark.parametrize("act", [["add", "me"], ["list"], ["revoke", "me"]])
+def test_a_folder_where_a_token_file_is_needed(act: list[str], tmp_path: Path) -> None:
+    said = CliRunner().invoke(cloud_cli.app, ["token", *act, "--tokens", str(tmp_path)])
+    words = " ".join(said.output.split())
+    assert said.exit_code == 1 and f"{tmp_path} is a folder, and a file is needed there" in words, words
+
+
+def test_an_adapter_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRIVATELORA_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("PRIVATELORA_DATA_DIR", str(tmp_path))
+    path = tmp_path / "adapters" / "me.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    look = Path.lstat
+
+    def refused(self: Path) -> object:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(self)
+
+    monkeypatch.setattr(Path, "lstat", refused)
+    said = CliRunner().invoke(edge_cli.app, ["adapter", "list", "--json"])
+    assert said.exit_code == 0 and f"this user may not use {path}" in said.output
+    assert "Errno" not in said.output
