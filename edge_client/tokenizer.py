@@ -209,7 +209,12 @@ def _backend(path: Path) -> Tokenizer:
                 pending += [v for k, v in value.items() if k != "precompiled_charsmap"]
             elif isinstance(value, list):
                 pending += value
-    for added in raw.get("added_tokens") or ():
+    added_tokens = raw.get("added_tokens") or []
+    if not isinstance(added_tokens, list):
+        raise TokenizerError(
+            f"tokenizer.json: added_tokens must be a list, got {type(added_tokens).__name__}; is it damaged?"
+        )
+    for added in added_tokens:
         _short(str(added.get("content", "")) if isinstance(added, dict) else "")
     try:
         backend = Tokenizer.from_str(path.read_text("utf-8"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from shared.cache import progress_bar
@@ -123,7 +123,8 @@ class Checkpoint:
         Raises
         ------
         ModelError
-            If a name is not in the checkpoint, or is stored in a quantised or integer dtype.
+            If a name is not in the checkpoint, or is stored in a quantised or integer dtype, or a file
+            cannot be read.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -137,11 +138,16 @@ class Checkpoint:
         loaded: dict[str, torch.Tensor] = {}
         with progress_bar(f"Loading {self.id}", total, progress) as advance:
             for file, group in by_file.items():
-                with safe_open(file, framework="pt") as reader:
-                    for name in group:
-                        stored = self._read(reader, name)
-                        loaded[name] = stored.to(device=device, dtype=dtype or stored.dtype, copy=True)
-                        advance(self.tensors[name].size)
+                try:
+                    with safe_open(file, framework="pt") as reader:
+                        for name in group:
+                            stored = self._read(reader, name)
+                            loaded[name] = stored.to(device=device, dtype=dtype or stored.dtype, copy=True)
+                            advance(self.tensors[name].size)
+                except (SafetensorError, UnicodeError) as error:  # the header was ours to check: it changed?
+                    raise ModelError(
+                        f"{file} cannot be read ({_brief(error)}); fetch or make it again"
+                    ) from None
         return loaded
 
     def _read(self, reader: Any, name: str) -> torch.Tensor:

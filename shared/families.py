@@ -83,6 +83,11 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"model type {family!r} is not supported; supported: {known}")
     for layer_type, rope in rope_parameters(config).items():
         kind = rope.get("rope_type", "default")
+        if not isinstance(kind, str):
+            raise UnsupportedModelError(
+                f"the rotary scheme ({layer_type}) must be a name, got {type(kind).__name__}; supported: "
+                f"{', '.join(sorted(STATIC_ROPE))}"
+            )
         if kind not in STATIC_ROPE:
             raise UnsupportedModelError(
                 f"rotary scheme {kind!r} ({layer_type}) depends on the sequence length and is not supported; "

@@ -96,6 +96,10 @@ def _parse(path: Path, file: BinaryIO, file_bytes: int, max_header_bytes: int) -
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise TensorFileError(f"{path}: __metadata__ must map names to strings")
+    try:
+        "".join([*metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError:
+        raise TensorFileError(f"{path}: __metadata__ holds what is no text (half a surrogate pair)") from None
     start = 8 + header_bytes
     tensors = {name: _entry(path, name, entry, start) for name, entry in header.items()}
     end = start

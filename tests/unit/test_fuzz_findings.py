@@ -19,10 +19,13 @@ from edge_client.template import ChatTemplate, TemplateError
 from edge_client.tokenizer import TokenizerError, load_tokenizer
 from edge_client.tuning.checkpoint import CheckpointError, load_checkpoint
 from shared import PROTOCOL_VERSION
+from shared.checkpoint import ModelError, open_folder
+from shared.families import UnsupportedModelError
 from shared.fingerprint import Fingerprint, plan_digest
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.tensor_file import TensorFileError, read_header
+from tests.unit import tiny_checkpoint
 from tests.unit.session_talk import PLAN
 
 PRINT = Fingerprint(plan=plan_digest(PLAN), lowrank=bytes(32), layers=bytes(32), edge=bytes(32))
@@ -164,4 +167,43 @@ def test_a_special_token_that_is_no_text(tmp_path, file: str) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / file).write_text(json.dumps({"bos_token": "\ud800"}))
     with pytest.raises(TokenizerError, match="no text"):
+        load_tokenizer(tmp_path, 10, 10)
+
+
+@pytest.mark.parametrize("metadata", ['{"format": "\\ud800"}', '{"\\udc00": "pt"}'])
+def test_weights_whose_metadata_is_no_text(tmp_path, metadata: str) -> None:
+    """It came out as safetensors' own error when the first tensor was read."""
+    folder = tiny_checkpoint.write(tmp_path / "model")
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = b'{"__metadata__": ' + metadata.encode() + b"," + raw[9 : 8 + length]
+    path.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
+    with pytest.raises(ModelError, match="no text"):
+        open_folder(folder)
+    with pytest.raises(TensorFileError, match="no text"):
+        read_header(path)
+
+
+def test_weights_that_change_after_they_were_opened(tmp_path) -> None:
+    checkpoint = open_folder(tiny_checkpoint.write(tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
+    with pytest.raises(ModelError, match="cannot be read"):
+        checkpoint.load(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", [[], {}, 5, ["linear"]])
+def test_a_rotary_scheme_that_is_no_name(tmp_path, key: str, kind: object) -> None:
+    """A list cannot be looked up among names: TypeError."""
+    for called in ("type", "rope_type"):
+        folder = tiny_checkpoint.write(tmp_path / called, **{key: {called: kind, "factor": 2.0}})
+        with pytest.raises(UnsupportedModelError, match="must be a name"):
+            open_folder(folder)
+
+
+@pytest.mark.parametrize("added", [5, 1.5, True, "x", {"a": 1}])
+def test_added_tokens_that_are_no_list(tmp_path, added: object) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    with pytest.raises(TokenizerError, match="added_tokens must be a list"):
         load_tokenizer(tmp_path, 10, 10)
