@@ -2,11 +2,16 @@
 
 import ipaddress
 import logging
+import re
 import socket
 
 from cloud_server.config.cloud import CloudConfig
 
 log = logging.getLogger(__name__)
+
+NAME = re.compile(
+    r"(?=.*[a-z])[a-z0-9]([a-z0-9._-]*[a-z0-9.])?", re.IGNORECASE
+)  # of a host; numbers are none
 
 
 def check_exposure(config: CloudConfig) -> None:
@@ -52,8 +57,13 @@ def is_local(listen: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         pass
-    try:
-        places = {place[4][0] for place in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)}
+    if not NAME.fullmatch(host):
+        return False
+    try:  # as those who listen ask: without that flag, what stands for every address is loopback
+        places = {
+            place[4][0]
+            for place in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        }
     except (OSError, UnicodeError):
         return False
     return bool(places) and all(ipaddress.ip_address(str(p).partition("%")[0]).is_loopback for p in places)

@@ -46,6 +46,14 @@ class CloudConfig(
         default_factory=IdentityLimits, description="Bounds on what each identity uses"
     )
 
+    @field_validator("listen", "metrics", "health")
+    @classmethod
+    def _hosts_are_hosts(cls, address: str | None) -> str | None:
+        host, _, port = (address or "").rpartition(":")
+        if host == "*":  # whoever resolves it makes something else of it
+            raise ValueError(f"to listen everywhere, write 0.0.0.0:{port} or [::]:{port}, not {address!r}")
+        return address
+
     @field_validator("listen", "health")
     @classmethod
     def _ports_are_ports(cls, address: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """What a cloud serves beyond loopback: nothing in clear and nobody unknown, unless asked for by name."""
 
 import logging
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,29 @@ TLS = {"tls_cert": FILE, "tls_key": FILE}
         ("127.0.0.1", False),
         ("ipv4:0.0.0.0:50051", False),
         ("dns:///localhost:50051", False),
+        ("*:50051", False),  # every interface, to those who listen
+        ("0:50051", False),
+        ("127.1:50051", False),  # not sure: who resolves it may not be who listens
+        ("127.0.0.1,0.0.0.0:50051", False),
     ],
 )
 def test_which_addresses_are_this_machines_alone(listen, local):
     assert is_local(listen) is local
+
+
+def test_a_name_is_looked_up_as_those_who_listen_do(monkeypatch):
+    def lookup(host, port, type, flags=0):
+        place = ("0.0.0.0", port) if flags & socket.AI_PASSIVE else ("127.0.0.1", port)
+        return [(socket.AF_INET, type, 6, "", place)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    assert not is_local("any.name:50051")
+
+
+@pytest.mark.parametrize("flag", ["listen", "metrics", "health"])
+def test_a_star_is_refused_and_what_to_write_instead_is_said(flag):
+    with pytest.raises(ValueError, match=r"0\.0\.0\.0:50051 or \[::\]:50051"):
+        CloudConfig(**{flag: "*:50051"})
 
 
 def test_loopback_asks_for_nothing(caplog):
