@@ -4,13 +4,9 @@ Opens sessions, picks dropped ones up again, and fetches public parts, at whiche
 is next. Knows nothing about tokens.
 """
 
-import asyncio
 import atexit
 import contextlib
-import sys
-import threading
 from collections.abc import Collection, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the built-in one before 3.11
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,6 +20,7 @@ from edge_client.affinity import shown
 from edge_client.config import DEFAULT_RECOVER_S
 from edge_client.credentials import Credentials
 from edge_client.describing import CloudConnectionError, Describing
+from edge_client.loop_thread import ClosedError, LoopThread
 from edge_client.personal import PersonalWeights
 from edge_client.replicas import Replicas
 from edge_client.routes import Route, Routes
@@ -35,7 +32,7 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
 
-__all__ = ["CloudConnectionError", "Connection", "Timeouts"]
+__all__ = ["ClosedError", "CloudConnectionError", "Connection", "Timeouts"]
 
 SERVICE = "/privatelora.v1.PrivateLoraService/"
 T = TypeVar("T")
@@ -78,11 +75,8 @@ class Connection:
         self._routes = Routes(own, self.replicas)
         patience_s = self.timeouts.connect_s
         self._describing = Describing(self._routes, self.replicas, tls=own.tls, patience_s=patience_s)
-        self._loop = _new_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="privatelora-connection", daemon=True
-        )
-        self._thread.start()
+        self._thread = LoopThread("privatelora-connection")
+        self._loop = self._thread.loop
         self._streams: dict[Session | TuneStream, Route] = {}
         self._closed = False
         # What the connection's thread computes is too small to share out: waking a second thread costs
@@ -306,14 +300,13 @@ class Connection:
         try:
             for stream in list(self._streams):
                 stream.close()
-            self._wait(self._routes.close())
+            self._thread.wait(self._routes.close())
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=5)
+            self._thread.close()
 
     def _end_at_exit(self) -> None:
         """Close before the interpreter takes the thread away; a cloud that is gone is no error any more."""
-        if self._thread.is_alive():  # not in a fork, which has the process's memory and none of its threads
+        if self._thread.is_alive:  # not in a fork, which has the process's memory and none of its threads
             with contextlib.suppress(Exception):
                 self.close()
 
@@ -329,20 +322,13 @@ class Connection:
             route.streams -= 1
 
     def _wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        if self._closed:
+            coroutine.close()
+            raise ClosedError
         try:
-            return future.result(timeout_s)
+            return self._thread.wait(coroutine, timeout_s)
         except FutureTimeoutError:
-            future.cancel()
             raise CloudConnectionError(f"{self.target} did not answer within {timeout_s:.0f} s") from None
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    if sys.platform == "win32":
-        return asyncio.new_event_loop()
-    import uvloop
-
-    return uvloop.new_event_loop()
 
 
 async def _use_one_thread() -> None:

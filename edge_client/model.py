@@ -23,7 +23,7 @@ from edge_client.connection import Connection
 from edge_client.drafting import Draft
 from edge_client.first_codes import FirstCodes
 from edge_client.offer import CloudOffer, Limits
-from edge_client.padding import assemble, check_positions, new_columns, pick
+from edge_client.padding import assemble, check_ids, check_positions, new_columns, pick
 from edge_client.personal import PersonalWeights
 from edge_client.pool import SessionLike, SessionPool
 from edge_client.recovery import Recovery
@@ -141,6 +141,13 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             "this model has no layers of its own: use PrivateLoraForCausalLM.from_cloud(host:port)"
         )
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: what is this model's own is its adapter."""
+        raise TypeError(
+            "this model's layers are the cloud's: save what is yours with model.adapter.save(path), and use "
+            "it again with from_cloud(host:port, adapter=path)"
+        )
+
     # --- the forward pass ---------------------------------------------------------------------------
 
     def forward(
@@ -181,11 +188,16 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         ------
         ContextLengthError
             If a row would exceed the cloud's context.
+        ValueError
+            If ``input_ids`` are no batch of the vocabulary's ids, or the mask does not fit them.
+        ClosedError
+            If the model was closed.
         """
         if input_ids is None:
             raise ValueError("input_ids are required: h0 is made from token ids on this side")
         if output_attentions or output_hidden_states:
             raise ValueError("attentions and hidden states of the layers stay in the cloud")
+        check_ids(input_ids, self.config.vocab_size)
         batch, width = input_ids.shape
         cache = past_key_values if past_key_values is not None else self.new_cache()
         if not isinstance(cache, CloudCache):
@@ -280,6 +292,8 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
 
         ``drafter``, a `edge_client.drafting.Drafter`, guesses tokens that are then checked in one step.
         """
+        if (ids := args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))) is not None:
+            check_ids(ids, self.config.vocab_size)
         if (drafter := kwargs.pop("drafter", None)) is not None:
             kwargs |= drafter.options(kwargs.get("generation_config") or self.generation_config, kwargs)
         self._thread.drafter = drafter

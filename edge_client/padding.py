@@ -6,6 +6,28 @@ import torch
 from torch import Tensor
 
 
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Refuse what is no batch of token ids, before anything is sent.
+
+    Raises
+    ------
+    ValueError
+        If they are not ``(batch, columns)`` whole numbers below ``vocabulary``, at least one.
+    """
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(
+            f"input_ids must be whole numbers, (batch, columns), got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    if not ids.numel():
+        raise ValueError(f"input_ids are empty, of shape {tuple(ids.shape)}: give at least one token a row")
+    least, most = (int(end) for end in ids.aminmax())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"input_ids must be from 0 to {vocabulary - 1}, the model's vocabulary, and one or more are not; "
+            "was another model's tokenizer used?"
+        )
+
+
 def new_columns(mask: Tensor | None, batch: int, width: int, past: int) -> list[bytes]:
     """Return for each row which of its new columns hold a token."""
     if mask is None:
@@ -26,6 +48,11 @@ def check_positions(positions: Tensor | None, columns: Sequence[bytes], width: i
     """Refuse position ids that the cloud, which counts a row's tokens, would not reproduce."""
     if positions is None or width == 1:
         return
+    if positions.shape[-1] != width:
+        raise ValueError(
+            f"position_ids must have {width} columns, as input_ids have, got {tuple(positions.shape)}; "
+            "generate makes them from attention_mask: is that as wide as input_ids?"
+        )
     rows = positions.expand(len(columns), -1).tolist()
     for row, cols in zip(rows, columns, strict=True):
         used = pick(row, cols)

@@ -187,6 +187,9 @@ class Session:
             chunks.append(Chunk(request.SerializeToString(), self._number, tokens, keep))
             parents, at = None, at + tokens
         job = Job(chunks)
+        if self.error is not None:  # closed for good, it may be that nobody runs the loop any more
+            job.future.set_exception(self.error)
+            return job
         self._loop.call_soon_threadsafe(self._start, job)
         return job
 

@@ -20,6 +20,7 @@ import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
+from edge_client.loop_thread import ClosedError
 from edge_client.streams import SessionError, Traffic, end, failure
 from edge_client.tuning.batch import Batch, Matrices, by_group
 from shared import wire
@@ -305,6 +306,9 @@ class TuneStream:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for ``work`` on the connection's thread; if it is broken off, so is the stream."""
+        if not self._loop.is_running():
+            work.close()
+            raise ClosedError
         future = asyncio.run_coroutine_threadsafe(self._explained(work), self._loop)
         try:
             return future.result()

@@ -329,5 +329,32 @@ def test_misuse_is_refused(whole):
         edge(PROMPT, position_ids=torch.arange(PROMPT.shape[1])[None] * 2)
     with pytest.raises(ValueError, match="9 rows"):
         edge.generate(**padded(families.prompts(9)), max_new_tokens=2)
+    with pytest.raises(TypeError, match="adapter.save"):
+        edge.save_pretrained("x")
     with pytest.raises(ValueError, match="cache is in the cloud"):
         edge.generate(PROMPT, cache_implementation="static", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (PROMPT[0], "batch, columns"),
+        (PROMPT.float(), "whole numbers"),
+        (PROMPT[:, :0], "at least one token"),
+        (PROMPT - PROMPT.max() - 1, "vocabulary"),
+        (PROMPT + 1_000_000, "vocabulary"),
+    ],
+)
+def test_what_are_no_token_ids_is_refused_in_words_that_show_none(whole, ids, words):
+    edge, _ = split(whole)
+    for call in (edge, edge.generate):
+        with pytest.raises(ValueError, match=words) as refused:
+            call(ids)
+        assert "1000" not in str(refused.value)
+    assert edge.positions() == 0, "something was sent"
+
+
+def test_a_mask_of_another_width_is_refused(whole):
+    edge, _ = split(whole)
+    with pytest.raises(ValueError, match="attention_mask"):
+        edge.generate(PROMPT, attention_mask=torch.ones(1, PROMPT.shape[1] - 2), max_new_tokens=2)
