@@ -19,7 +19,7 @@ from cloud_server import logs
 from cloud_server.cert_cli import app as cert_app
 from cloud_server.health_cli import health
 from cloud_server.token_cli import app as token_app
-from shared.complaint import in_words
+from shared.complaint import in_words, setting_in_words
 from shared.help_text import Commands
 from shared.version import ShowVersion
 
@@ -155,6 +155,7 @@ def serve(
     """Serve a model. Settings come from flags, then PRIVATELORA_CLOUD_* variables, then the TOML file."""
     from pydantic import ValidationError
 
+    from cloud_server.config.cloud import CloudConfig
     from cloud_server.config.plans import PlanConfig, plan_config
     from cloud_server.config.reading import load_config
 
@@ -200,7 +201,10 @@ def serve(
             raise
         for problem in error.errors(include_url=False, include_input=False):
             where = ".".join(str(part) for part in problem["loc"])
-            print(f"error: {f'setting {where}: ' if where else ''}{problem['msg']}", file=sys.stderr)
+            words = setting_in_words(
+                problem["type"], problem["loc"], problem["msg"], CloudConfig.model_fields
+            )
+            print(f"error: {f'setting {where}: ' if where else ''}{words}", file=sys.stderr)
         raise typer.Exit(2) from None
     except ModuleNotFoundError as error:
         if debug:

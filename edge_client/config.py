@@ -15,6 +15,7 @@ from pydantic_settings import (
 from edge_client.draft_length import DEFAULT_DRAFT_TOKENS
 from edge_client.trust import config_folder
 from edge_client.tuning.config import TuneConfig
+from shared.complaint import setting_in_words
 
 ENV_PREFIX = "PRIVATELORA_EDGE_"
 TOKEN_VARIABLE = ENV_PREFIX + "TOKEN"  # no setting: what dumps or shows settings must not meet it
@@ -198,4 +199,4 @@ def _words(kind: str, place: tuple[int | str, ...], message: str) -> str:
     field = EdgeConfig.model_fields.get(str(place[0])) if place else None
     if kind == "string_pattern_mismatch" and field is not None:
         return f"this cannot be it; needed: {field.description}"
-    return message
+    return setting_in_words(kind, place, message, EdgeConfig.model_fields)

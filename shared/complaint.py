@@ -6,10 +6,28 @@ number, and does not say whether a file or a folder was looked for.
 
 import errno
 import os
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 FOR_ANOTHER = {errno.EACCES, errno.EPERM, errno.EROFS}
 NOT_A_FOLDER = {errno.ENOTDIR, errno.EEXIST}
+
+
+def setting_in_words(kind: str, place: Sequence[int | str], message: str, known: Iterable[str]) -> str:
+    """Return what is wrong with a setting.
+
+    Parameters
+    ----------
+    kind, place, message
+        What pydantic says: ``type``, ``loc`` and ``msg`` of one of its errors.
+    known
+        Names of settings, to guess what was meant by one that is not among them.
+    """
+    if kind != "extra_forbidden":
+        return message.removeprefix("Value error, ")
+    meant = get_close_matches(str(place[-1]), list(known), n=1)
+    return "unknown setting" + (f"; was {meant[0]} meant?" if meant else "; --help lists those there are")
 
 
 def in_words(error: BaseException) -> str:

@@ -80,7 +80,10 @@ def _parse(path: Path, file: BinaryIO, file_bytes: int, max_header_bytes: int) -
         raise TensorFileError(f"{path} has {file_bytes} bytes; a safetensors file has 8 or more (truncated?)")
     (header_bytes,) = struct.unpack("<Q", file.read(8))
     if header_bytes > max_header_bytes:
-        raise TensorFileError(f"{path}: header of {header_bytes} bytes, at most {max_header_bytes} accepted")
+        raise TensorFileError(
+            f"{path} is no safetensors file, or a damaged one: its first 8 bytes announce a header of "
+            f"{header_bytes} bytes, and at most {max_header_bytes} are accepted"
+        )
     if header_bytes > file_bytes - 8:
         raise TensorFileError(f"{path} ends inside its header (truncated?); fetch or make it again")
     try:

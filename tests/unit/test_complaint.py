@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from cloud_server import cli as cloud_cli
 from edge_client import cli as edge_cli
+from shared.adapter import Adapter, AdapterError
 from shared.complaint import in_words
 from shared.disk import DiskFullError
 
@@ -112,3 +113,29 @@ def test_an_adapter_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytes
     said = CliRunner().invoke(edge_cli.app, ["adapter", "list", "--json"])
     assert said.exit_code == 0 and f"this user may not use {path}" in said.output
     assert "Errno" not in said.output
+
+
+@pytest.mark.parametrize(
+    ("side", "line", "words"),
+    [
+        ("cloud", "lissten = ''", "lissten: unknown setting; was listen meant?"),
+        ("cloud", "bogus = 1", "bogus: unknown setting; --help lists those there are"),
+        ("cloud", "listen = '*:1'", "listen: to listen everywhere, write 0.0.0.0:1"),
+        ("edge", "wire_dtyp = 'bf16'", "wire_dtyp: unknown setting; was wire_dtype meant?"),
+        ("edge", "bogus = 1", "bogus: unknown setting; --help lists those there are"),
+    ],
+)
+def test_an_unknown_setting_is_said_to_be_one(side: str, line: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(line)
+    app, command = (cloud_cli.app, ["serve"]) if side == "cloud" else (edge_cli.app, ["info"])
+    said = CliRunner().invoke(app, [*command, "--config", str(file)])
+    assert said.exit_code and words in " ".join(said.output.split()), said.output
+
+
+def test_a_text_file_is_no_adapter(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("some words of somebody")
+    with pytest.raises(AdapterError, match="notes.txt is no safetensors file, or a damaged one") as refused:
+        Adapter.load(file)
+    assert "somebody" not in str(refused.value)
