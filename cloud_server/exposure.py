@@ -9,9 +9,9 @@ from cloud_server.config.cloud import CloudConfig
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(
-    r"(?=.*[a-z])[a-z0-9]([a-z0-9._-]*[a-z0-9.])?", re.IGNORECASE
-)  # of a host; numbers are none
+# A host's name. What has no letter is an address, and not everybody reads the same from one like 127.1.
+NAME = re.compile(r"(?=.*[a-z])[a-z0-9]([a-z0-9._-]*[a-z0-9.])?", re.IGNORECASE)
+
 
 
 def check_exposure(config: CloudConfig) -> None:
