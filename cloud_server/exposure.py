@@ -13,7 +13,6 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"(?=.*[a-z])[a-z0-9]([a-z0-9._-]*[a-z0-9.])?", re.IGNORECASE)
 
 
-
 def check_exposure(config: CloudConfig) -> None:
     """Refuse to serve the network unprotected, unless that was asked for by name.
 
