@@ -55,6 +55,8 @@ def agreed(offers: Mapping[bytes, Offer], request: pb.Open | pb.TuneOpen) -> Off
             "for another model; use an adapter made for this cloud, or a cloud that serves yours",
             reason="fingerprint",
         )
+    if request.fingerprint.root != offer.fingerprint.root:
+        raise invalid("the fingerprint's root does not follow from its branches, which are right")
     return offer
 
 

@@ -100,7 +100,7 @@ class Reception:
         opened = pb.Opened(
             session_id=session.id,
             row_lengths=session.row_lengths(),
-            last_step=max(0, session.last_number),
+            last_step=session.last_number,
         )
         session.outbox.put(pb.DecodeResponse(opened=opened))
         return session

@@ -51,7 +51,7 @@ class Session:
     id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     rows: list[Row] = field(default_factory=list)
     steps: dict[int, Step] = field(default_factory=dict)  # in flight, by number
-    last_number: int = -1
+    last_number: int = 0  # steps count from 1, so that 0 is none
     outbox: Outbox = field(default_factory=Outbox)
     dropped_at: float | None = None  # when the stream was lost, None while connected
     opened_at: float = field(default_factory=time.monotonic)

@@ -103,6 +103,14 @@ def test_a_fingerprint_mismatch_says_which_part(edge: RawEdge, changed: list[str
         assert (name in end.message.split(":")[0]) == (part in changed)
 
 
+def test_a_root_of_other_branches_is_refused(edge: RawEdge) -> None:
+    other = pb.Fingerprint()
+    other.CopyFrom(edge.offers["r8"].fingerprint)
+    other.root = b"\2" * 32
+    end = edge.hello_refused(edge.hello(fingerprint=other))
+    assert end.code is Code.INVALID_ARGUMENT and "root" in end.message
+
+
 @pytest.mark.parametrize("dtype", [pb.DTYPE_UNSPECIFIED, 17])
 def test_an_unknown_wire_dtype(edge: RawEdge, dtype: int) -> None:
     end = edge.hello_refused(edge.hello(wire_dtype=dtype))

@@ -124,6 +124,13 @@ def test_the_context_ends_where_it_says() -> None:
     talk.refuses(Code.OUT_OF_RANGE, "would hold 101", (0, 100, 1, 1))
 
 
+def test_steps_count_from_one() -> None:
+    """An edge whose first step was lost must not read 0, which is no step, as that one's number."""
+    talk = Talk()
+    talk.refuses(Code.INVALID_ARGUMENT, "not above the last one, 0", (0, 0, 3, 1), step=0)
+    talk.step((0, 0, 3, 1), step=1)
+
+
 def test_the_largest_number_is_the_last() -> None:
     talk = Talk()
     talk.step((0, 0, 1, 1), step=UINT64, finish=True)

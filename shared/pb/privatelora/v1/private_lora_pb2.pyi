@@ -570,7 +570,7 @@ class Step(_message.Message):
     RESIDUAL_CODES_FIELD_NUMBER: _builtins.int
     CLAIM_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Increasing within a session."""
+    """From 1 on, increasing within a session."""
     @_builtins.property
     def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Row i continues old row parents[i]; empty leaves the rows as they are."""
