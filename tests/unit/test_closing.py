@@ -91,6 +91,7 @@ def test_who_waits_when_the_thread_ends_is_told(tmp_path: Path) -> None:
     thread.close()
     waiting.join()
     assert isinstance(ends[0], ClosedError) and not thread.is_alive
+    assert thread.loop.is_closed(), "a loop that is left open is never freed"
     with pytest.raises(ClosedError):
         thread.wait(for_ever(started))
 
