@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,22 @@ BAD_WORDS = ("Traceback", "never retrieved", "Segmentation", "CRITICAL")
 
 @dataclass(frozen=True)
 class Stroke:
-    """When an event struck (just before, just after) and when it was over, in monotonic seconds."""
+    """When an event struck (just before, just after) and when it was over, in monotonic seconds.
+
+    ``back`` is when the cloud could first answer again: later than that, and earlier than whoever undoes the
+    event comes to note that it is over.
+    """
 
     before: float
     after: float
+    back: float
     over: float
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal, or do nothing if nobody is there any more, which the status tells."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def leaks(log: str, ends: int) -> list[str]:
@@ -108,47 +119,42 @@ class Clouds:
 
     # --- what happens to it -------------------------------------------------------------------------------
 
-    def kill(self, away_s: float, when: Callable[[], object]) -> Stroke:
+    def kill(self, away_s: float, aim_s: float) -> Stroke:
         """End it with SIGKILL; start it again on the same port after ``away_s`` seconds."""
-        when()
-        before = time.monotonic()
-        os.kill(self._now.pid, signal.SIGKILL)
-        after = time.monotonic()
+        before, after = self._signal(signal.SIGKILL, aim_s)
         self._now.kill()  # waits until it is gone
         self._note("kill", True)
         time.sleep(away_s)
+        back = time.monotonic()
         self._start_in_place()
-        return Stroke(before, after, time.monotonic())
+        return Stroke(before, after, back, time.monotonic())
 
-    def restart(self, when: Callable[[], object]) -> Stroke:
+    def restart(self, aim_s: float) -> Stroke:
         """End it with SIGTERM; start it again on the same port as soon as it is gone."""
-        when()
-        before, after = self._end(self._now, "restart")
+        before, after = self._end("restart", aim_s)
+        back = time.monotonic()
         self._start_in_place()
-        return Stroke(before, after, time.monotonic())
+        return Stroke(before, after, back, time.monotonic())
 
-    def pause(self, hold_s: float, when: Callable[[], object]) -> Stroke:
+    def pause(self, hold_s: float, aim_s: float) -> Stroke:
         """Stop it with SIGSTOP and let it go on after ``hold_s`` seconds."""
-        when()
-        before = time.monotonic()
-        os.kill(self._now.pid, signal.SIGSTOP)
-        after = time.monotonic()
+        before, after = self._signal(signal.SIGSTOP, aim_s)
         time.sleep(hold_s)
-        os.kill(self._now.pid, signal.SIGCONT)
-        return Stroke(before, after, time.monotonic())
+        back = time.monotonic()
+        send(self._now.pid, signal.SIGCONT)
+        return Stroke(before, after, back, time.monotonic())
 
-    def drain(self, when: Callable[[], object]) -> Stroke:
+    def drain(self, aim_s: float) -> Stroke:
         """Start a successor, lead new connections to it, and end the one before with SIGTERM."""
         successor = self._started(None)
-        when()
         self.gate.route(successor[0].port)
-        before, after = self._end(self._now, "drain")
+        before, after = self._end("drain", aim_s)
         self._now, self._life, self._ready = successor
-        return Stroke(before, after, time.monotonic())
+        return Stroke(before, after, after, time.monotonic())
 
     def stop(self) -> None:
         """End the last one politely."""
-        self._end(self._now, "stop")
+        self._end("stop", 0.0)
 
     def faults(self) -> list[str]:
         """Return what no cloud may do, in words."""
@@ -172,12 +178,15 @@ class Clouds:
     def _start_in_place(self) -> None:
         self._now, self._life, self._ready = self._started(self._now.port)
 
-    def _end(self, process: CloudProcess, how: str) -> tuple[float, float]:
+    def _signal(self, number: signal.Signals, aim_s: float) -> tuple[float, float]:
+        """Send a signal to the present one, in the middle of a step if asked to; return when."""
+        pid = self._now.pid
+        return self.gate.at_a_step(lambda: send(pid, number), aim_s)
+
+    def _end(self, how: str, aim_s: float) -> tuple[float, float]:
         """Ask the present one to end, and see to it; return when it was asked, before and after."""
-        before = time.monotonic()
-        with contextlib.suppress(ProcessLookupError):  # gone already, which its status tells
-            os.kill(process.pid, signal.SIGTERM)
-        after = time.monotonic()
+        before, after = self._signal(signal.SIGTERM, aim_s)
+        process = self._now
         while process.status is None and time.monotonic() - after < self._patience_s:
             time.sleep(0.02)
         clean = process.status == 0

@@ -35,14 +35,17 @@ class Side(asyncio.Protocol):
         self._gate.connected(self)
 
     def data_received(self, data: bytes) -> None:
-        """Hand it on, or half of it if the link is to be cut in the middle."""
+        """Hand it on; if something is to happen in the middle of it, half before and half after."""
         gate = self._gate
         if self._aimed_at and len(data) >= LEAST_BYTES and gate.aim is not None:
             aim, gate.aim = gate.aim, None
-            self._write(data[: len(data) // 2] if aim.halves else data)
+            self._write(data[: len(data) // 2])
             aim.strike()
-            if aim.halves:
-                gate.lose(self, data[len(data) // 2 :])
+            rest = data[len(data) // 2 :]
+            if aim.cuts:
+                gate.lose(self, rest)
+            else:
+                self._write(rest)
             return
         self._write(data)
 
@@ -78,18 +81,18 @@ class Side(asyncio.Protocol):
 
 
 class Aim:
-    """Something to do the moment bytes of a step pass upward, from an edge that is aimed at.
+    """Something to do while bytes of a step pass upward, from an edge that is aimed at.
 
     Parameters
     ----------
     strike
-        What to do, on the gate's thread.
-    halves
-        Whether it cuts the link, so that only half of those bytes get through.
+        What to do, on the gate's thread, when half of those bytes are through: their step cannot be over.
+    cuts
+        Whether it cuts the link, so that the other half does not get through.
     """
 
-    def __init__(self, strike: Callable[[], object], halves: bool) -> None:
-        self.strike, self.halves = strike, halves
+    def __init__(self, strike: Callable[[], object], cuts: bool) -> None:
+        self.strike, self.cuts = strike, cuts
 
 
 class Gate:
@@ -124,23 +127,18 @@ class Gate:
         """Let new connections go to another port; those there are stay."""
         self._port = port
 
-    def moment(self, timeout_s: float) -> bool:
-        """Wait until bytes of a step have just been handed on; False if none were in time."""
-        passed = threading.Event()
-        self.aim = Aim(passed.set, halves=False)
-        found = passed.wait(timeout_s)
-        self.aim = None
-        return found
-
-    def cut(self, how: str, aim_s: float = 0.0) -> tuple[float, float]:
-        """Cut the link; return when (monotonic seconds), before and after.
+    def at_a_step(self, act: Callable[[], object], aim_s: float, cuts: bool = False) -> tuple[float, float]:
+        """Do something in the middle of a step; return when (monotonic seconds), before and after.
 
         Parameters
         ----------
-        how
-            One of `benchmarks.chaos_events.CUTS`.
+        act
+            What to do, on the gate's thread; it must not fail and not wait.
         aim_s
-            How long to wait for bytes of a step, to cut when half of them are through; 0 is at once.
+            How long to wait for bytes of a step, to act when half of them are through (seconds); 0, or none
+            in time: at once.
+        cuts
+            Whether it cuts the link.
         """
         done = threading.Event()
         when: list[float] = []
@@ -148,18 +146,22 @@ class Gate:
         def strike() -> None:
             if not done.is_set():
                 when.append(time.monotonic())
-                self._cut(how)
+                act()
                 when.append(time.monotonic())
                 done.set()
 
         if aim_s:
-            self.aim = Aim(strike, halves=True)
+            self.aim = Aim(strike, cuts)
             done.wait(aim_s)
             self.aim = None
         if not done.is_set():
             self._loop.call_soon_threadsafe(strike)
             done.wait()
         return when[0], when[1]
+
+    def cut(self, how: str, aim_s: float = 0.0) -> tuple[float, float]:
+        """Cut the link, one of `benchmarks.chaos_events.CUTS`; the rest is as in `at_a_step`."""
+        return self.at_a_step(lambda: self._cut(how), aim_s, cuts=True)
 
     def restore(self) -> None:
         """Let everything pass again."""

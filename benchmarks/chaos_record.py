@@ -57,8 +57,8 @@ def event_row(
     It was *mid-step* if a step of some edge was under way on a stream: sent before the stroke, and without
     its answer just after it (`benchmarks.step_log`; by the edge's own clock, which is the machine's). It must
     have been sent since the event before was over: else that one may be why it has no answer yet. Of a kill,
-    a pause and a cut, its hidden states must besides have come only after the disturbance was over: else the
-    answer was on its way already, and nothing was interrupted. Of a restart and a drain, which let a step
+    a pause and a cut, its hidden states must besides have come only after the cloud could answer again: else
+    the answer was on its way already, and nothing was interrupted. Of a restart and a drain, which let a step
     finish, the edge must have found its stream lost or sent away before the next event, and gone on.
 
     Parameters
@@ -76,7 +76,7 @@ def event_row(
     """
     met = [edge for edge in edges if under_way(edge.attempts, stroke, since) is not None]
     found = [under_way(edge.wholes, stroke) for edge in met]
-    interrupted = [step for step in found if step is not None and step[1] >= stroke.over]
+    interrupted = [step for step in found if step is not None and step[1] >= stroke.back]
     moved = [edge for edge in met if any(stroke.before <= at < until for at, _ in edge.recoveries)]
     polite = event.kind in ("restart", "drain")
     return {
@@ -90,7 +90,9 @@ def event_row(
         "edges_moved": len(moved),
         "mid_step": bool(moved if polite else interrupted),
         "tuning_under_way": under_way(batches, stroke) is not None,
-        "recovered_s": round(max((s[1] - stroke.over for s in interrupted), default=0.0), 2),
+        "recovered_s": round(
+            max((s[1] - stroke.over for s in interrupted if s[1] > stroke.over), default=0.0), 2
+        ),
     }
 
 

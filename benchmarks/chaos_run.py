@@ -165,23 +165,20 @@ class Run:
 
     def _strike(self, event: Event) -> Stroke:
         clouds, gate = self.clouds, self.clouds.gate
-
-        def when() -> None:
-            if event.aimed:
-                gate.moment(AIM_S)
-
+        aim_s = AIM_S if event.aimed else 0.0
         if event.kind == "kill":
-            return clouds.kill(event.hold_s, when)
+            return clouds.kill(event.hold_s, aim_s)
         if event.kind == "restart":
-            return clouds.restart(when)
+            return clouds.restart(aim_s)
         if event.kind == "pause":
-            return clouds.pause(event.hold_s, when)
+            return clouds.pause(event.hold_s, aim_s)
         if event.kind == "drain":
-            return clouds.drain(when)
-        before, after = gate.cut(event.how, AIM_S if event.aimed else 0.0)
+            return clouds.drain(aim_s)
+        before, after = gate.cut(event.how, aim_s)
         time.sleep(event.hold_s)
+        back = time.monotonic()
         gate.restore()
-        return Stroke(before, after, time.monotonic())
+        return Stroke(before, after, back, time.monotonic())
 
     # --- what was found -----------------------------------------------------------------------------------
 

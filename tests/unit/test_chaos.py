@@ -152,7 +152,7 @@ def test_an_aimed_cut_lets_half_of_what_passes_through(gate: Gate, echo: Echo, h
 
 def test_nobody_aims_at_what_passes_at_the_other_address(gate: Gate) -> None:
     struck, piece = threading.Event(), b"s" * LEAST_BYTES
-    gate.aim = Aim(struck.set, halves=False)
+    gate.aim = Aim(struck.set, cuts=False)
     with connected(gate, gate.other_address) as line:
         assert ask(line, piece) == piece
         assert not struck.is_set()
@@ -161,16 +161,32 @@ def test_nobody_aims_at_what_passes_at_the_other_address(gate: Gate) -> None:
         assert struck.wait(WAIT_S)
 
 
-def test_a_moment_is_when_a_piece_of_a_step_passes_upward(gate: Gate) -> None:
+def test_what_strikes_at_a_step_strikes_while_half_of_a_piece_is_through(gate: Gate, echo: Echo) -> None:
+    seen: list[int] = []
+
+    def look() -> None:
+        half = 4 + LEAST_BYTES // 2
+        while len(echo.got) < half:  # by another thread
+            time.sleep(0.001)
+        seen.append(len(echo.got))
+
     with connected(gate) as line:
-        assert not gate.moment(0.05)
+        ask(line, b"ping")
         with ThreadPoolExecutor(1) as pool:
-            found = pool.submit(gate.moment, WAIT_S)
+            found = pool.submit(gate.at_a_step, look, WAIT_S)
             while gate.aim is None:
                 time.sleep(0.001)
             assert not found.done(), "nothing has passed"
-            line.sendall(b"s" * LEAST_BYTES)
-            assert found.result()
+            assert ask(line, b"s" * LEAST_BYTES) == b"s" * LEAST_BYTES, "the rest follows"
+            before, after = found.result()
+    assert seen == [4 + LEAST_BYTES // 2]
+    assert before <= after <= time.monotonic()
+
+
+def test_what_finds_no_step_to_strike_at_strikes_all_the_same(gate: Gate) -> None:
+    struck = threading.Event()
+    gate.at_a_step(struck.set, 0.05)
+    assert struck.is_set() and gate.aim is None
 
 
 def test_new_connections_follow_the_route_and_old_ones_stay(gate: Gate, echo: Echo) -> None:
@@ -186,7 +202,7 @@ def test_new_connections_follow_the_route_and_old_ones_stay(gate: Gate, echo: Ec
 
 # --- what an event met ----------------------------------------------------------------------------------
 
-STROKE = Stroke(10.0, 10.1, 14.0)
+STROKE = Stroke(10.0, 10.1, 13.0, 14.0)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,7 @@ STROKE = Stroke(10.0, 10.1, 14.0)
     [
         ("kill", [(9.0, 10.5)], [(9.0, 15.5)], True, 1.5),
         ("kill", [(9.0, 10.5)], [(9.0, 10.5)], False, 0.0),  # the answer was on its way
+        ("kill", [(9.0, 10.5)], [(9.0, 13.5)], True, 0.0),  # the edge was back before it was noted
         ("kill", [], [(9.0, 15.5)], False, 0.0),  # nothing was on a stream: it waited already
         ("kill", [(10.2, 10.5)], [(10.2, 15.5)], False, 0.0),  # begun after it
         ("kill", [(7.9, 10.5)], [(7.9, 15.5)], False, 0.0),  # begun before the event before was over
@@ -222,7 +239,7 @@ def test_a_polite_end_is_mid_step_if_the_edge_has_moved(recovery: tuple[float, f
 
 def test_a_step_that_is_stuck_since_one_event_is_not_met_by_the_next() -> None:
     cut, kill = (Event(kind, "", 1.0, 1.0, aimed=False) for kind in ("cut", "kill"))
-    strokes = [(cut, STROKE), (kill, Stroke(15.0, 15.1, 18.0))]
+    strokes = [(cut, STROKE), (kill, Stroke(15.0, 15.1, 17.0, 18.0))]
     edges = [Steps([(9.0, 16.0)], [(9.0, 19.0)], [(16.0, 19.0)])]
     rows = event_rows(strokes, 5.0, edges, [])
     assert [row["mid_step"] for row in rows] == [True, False]
