@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Protocol
 
@@ -37,8 +38,8 @@ class Background(Protocol):
     def due_in(self, now: float, *, spare: bool) -> float:
         """Return in how many seconds it is due; ``spare``: whether nobody would be kept waiting."""
 
-    async def run_one(self, executor: Executor) -> None:
-        """Run a slice of it."""
+    async def run_one(self, executor: Executor, wanted: Callable[[], bool] | None = None) -> None:
+        """Run a slice of it; ``wanted``: whether steps wait, None if they will any moment."""
 
 
 class Engine:
@@ -101,8 +102,10 @@ class Engine:
             if self.background is not None and self.background.ready():
                 busy = bool(slices) or patience is not None
                 due = self.background.due_in(time.monotonic(), spare=not busy)
-                if due <= 0 or not (busy or self._is_decoding()):
-                    await self.background.run_one(self._torch_thread)
+                is_alone = not (busy or self._is_decoding())
+                if due <= 0 or is_alone:
+                    wanted = self._is_wanted if is_alone else None
+                    await self.background.run_one(self._torch_thread, wanted)
                     continue
                 patience = min(due, patience or due)
             if not slices:
@@ -182,6 +185,9 @@ class Engine:
             for step in self.steps
         )
         return min(self.config.gather_wait_s, self._short_batch_s) if awaited else 0.0
+
+    def _is_wanted(self) -> bool:
+        return bool(self.ready)
 
     def _is_decoding(self) -> bool:
         """Whether a short step is in flight or has just ended: then the next one comes any moment."""

@@ -236,6 +236,7 @@ class LeadingTuneBatch(TuneBatch):
     """A tuning batch that runs on all ranks; see `TuneBatch`."""
 
     _numbers = count()
+    may_share = False  # all ranks do the same in the same order
 
     def __init__(
         self,

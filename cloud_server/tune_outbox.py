@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import grpc
 from torch import Tensor
 
+from cloud_server.arena import Arenas
 from cloud_server.refusal import Refusal
 from cloud_server.releases import Releases
 from shared import wire
@@ -15,10 +16,10 @@ from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
 
 class Budget:
-    """Bytes that all tuning batches share."""
+    """Bytes that all tuning batches share, those of idle arenas included."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.used = total, 0
+        self.total, self.used, self.arenas = total, 0, Arenas()
         self.released = Releases()
         self._freed = asyncio.Event()
 
@@ -44,6 +45,10 @@ class Budget:
                     reason="tuning_memory",
                 ) from None
         self.used += count
+
+    def trim(self) -> None:
+        """Free idle arenas for which there is no room beside the batches."""
+        self.arenas.shrink(self.total - self.used)
 
     def give_back(self, count: int) -> None:
         """Give bytes back."""

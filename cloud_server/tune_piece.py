@@ -69,9 +69,14 @@ class Piece:
     @property
     def order(self) -> tuple[bool, bool, int, int, int]:
         """Rank among pieces that are ready: least first. Rows of one tensor then leave in order."""
+        back, layer, stage = self.unit
+        return stage != Stage.EMIT, not back, layer, stage, self.index
+
+    @property
+    def unit(self) -> tuple[bool, int, int]:
+        """Say what comes next for it; what comes later is greater."""
         back = self.stage >= Stage.GRADIENT
-        layer = -self.layer if back else self.layer
-        return self.stage != Stage.EMIT, not back, layer, self.stage, self.index
+        return back, -self.layer if back else self.layer, self.stage
 
 
 @dataclass

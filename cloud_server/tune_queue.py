@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from cloud_server.config.tuning import TuningConfig
 from cloud_server.metrics import TUNED
 from cloud_server.tune_piece import Stage
+from cloud_server.tune_slice import TuneSlice
 from cloud_server.tuning import TuneBatch
 from cloud_server.turns import Turns
 
@@ -57,6 +58,7 @@ class TuneQueue:
         self._jobs: deque[Job] = deque()  # whose turn it is comes first
         self._cost: dict[Stage, float] = {}  # seconds a token, learned
         self._turns = Turns()  # by seconds
+        self._pool = ThreadPoolExecutor(thread_name_prefix="tuning")  # made as they are needed
         self.tokens = 0  # of batches that ended in order
         self._ended = self._took = 0.0  # the last slice: when it ended (monotonic) and how long it took
 
@@ -96,8 +98,16 @@ class TuneQueue:
         share = self.config.spare_share if spare else self.config.min_share
         return self._ended + self._took * (1 / share - 1) - now
 
-    async def run_one(self, executor: Executor) -> None:
-        """Run units of the next batch for one slice, at least one, beside the event loop."""
+    async def run_one(self, executor: Executor, wanted: Callable[[], bool] | None = None) -> None:
+        """Run units of the next batch for one slice, at least one, beside the event loop.
+
+        Parameters
+        ----------
+        executor
+            Has the thread that computes.
+        wanted
+            Whether steps wait for it: if nobody decodes, the slice lasts until then. None: somebody does.
+        """
         ready = [job for job in self._jobs if job.batch.next() is not None]
         if not ready:
             return
@@ -112,7 +122,7 @@ class TuneQueue:
         job.batch.send = send
         job.is_running, started = True, time.monotonic()
         try:
-            await loop.run_in_executor(executor, self._run, job)
+            await loop.run_in_executor(executor, self._run, job, wanted)
         except Exception as error:  # one batch that fails, for want of memory say, must not end the engine
             log.exception("a tuning batch failed")
             self.remove(job, "failed")
@@ -133,20 +143,11 @@ class TuneQueue:
         if not job.is_cancelled:
             job.on_rows(name, layer, first, rows)
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job, wanted: Callable[[], bool] | None) -> None:
         """Run units until the next one would probably not fit into the slice."""
-        left, batch = self.slice_s, job.batch
-        while not job.is_cancelled and (piece := batch.next()) is not None:
-            stage, tokens = piece.stage, piece.tokens
-            expected = self._cost.get(stage, 0.0) * tokens
-            if left < self.slice_s and expected > left:
-                break
-            started = time.perf_counter()
-            batch.run(piece)
-            took = time.perf_counter() - started
-            known = self._cost.get(stage, took / tokens)
-            self._cost[stage] = known + 0.2 * (took / tokens - known)
-            left -= took
+        if len(self._jobs) > 1:
+            wanted = None  # the others' turn comes
+        TuneSlice(job.batch, self._cost, self.slice_s, lambda: job.is_cancelled, self._pool, wanted).run()
 
     def _free(self, job: Job) -> None:
         job.batch.free()

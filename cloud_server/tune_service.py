@@ -229,6 +229,8 @@ class TuneService:
             words = f"tuning of {who or 'somebody'} closed (plan {plan})"
             event(log, "tuning_closed", words, identity=who, plan=plan, streams=streams)
         session.close()
+        if not self.sessions:
+            self.budget.arenas.shrink(0)
 
     async def _write(
         self, session: TuneSession, context: Context, cut_off: Callable[[Refusal], None]

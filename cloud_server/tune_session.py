@@ -69,6 +69,7 @@ class TuneSession:
     last_number: int = -1
     current: Current | None = None
     waits_for_memory: bool = False
+    closed: bool = False
     touched_at: float = field(default_factory=time.monotonic)  # when the edge or its batch last did something
 
     def __post_init__(self) -> None:
@@ -116,8 +117,12 @@ class TuneSession:
             allowance.spend(tokens)
             allowance.take_tuning(size)
 
+        arena: Arena | None = None
+
         def freed() -> None:
             self.budget.give_back(size)
+            if arena is not None and not self.closed:
+                self.budget.arenas.put(arena)
             if allowance is not None:
                 allowance.tuning_bytes -= size
 
@@ -131,6 +136,8 @@ class TuneSession:
         finally:
             self.waits_for_memory = False
         try:
+            arena = self._arena(lengths, message.forward_only)
+            self.budget.trim()
             batch = self.make_batch(
                 self.backbone,
                 self.plan,
@@ -139,7 +146,7 @@ class TuneSession:
                 forward_only=message.forward_only,
                 checkpointing=self.config.checkpointing,
                 piece_tokens=self.config.piece_tokens,
-                arena=self._arena(lengths, message.forward_only),
+                arena=arena,
             )
         except BaseException:  # no memory after all: what was set aside for the batch is not lost with it
             freed()
@@ -195,6 +202,7 @@ class TuneSession:
 
     def close(self) -> None:
         """Give everything back: the stream is gone."""
+        self.closed = True
         if self.current is not None:
             self.queue.remove(self.current.job)
             self.current = None
@@ -207,7 +215,7 @@ class TuneSession:
         size = kept_bytes(
             b.geometry, self.plan, sum(lengths), b.dtype, self.config.checkpointing, longest=max(lengths)
         )
-        return Arena(size + ARENA_SLACK * len(lengths))
+        return self.budget.arenas.get(size + ARENA_SLACK * len(lengths))
 
     def _checked_lengths(self, message: pb.Batch) -> list[int]:
         limits = self.limits

@@ -1,12 +1,14 @@
 """The maths of one tuning batch: every frozen layer forward, then backward, in small pieces.
 
 A batch is cut into *pieces*, whole sequences each. Sequences do not see each other, so every piece goes its
-own way through the layers and back, and waits only for rows that the edge has yet to send. What the edge
+own way through the layers and back, and waits only for rows that the edge has yet to send; several may be run
+side by side, on a thread each (`cloud_server.tune_slice`). What the edge
 wants of it all is dL/dM; it gets dL/dz from here and gives dL/dc back. Knows nothing about streams,
 scheduling, tokens or personal weights.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,6 +27,9 @@ Send = Callable[[str, int, int, Tensor], None]
 
 class TuneBatch:
     """One batch on its way through the layers.
+
+    `put`, `next` and `run` may be called from several threads, the last for a different piece each; whoever
+    waits on ``changed`` hears of rows that came.
 
     Parameters
     ----------
@@ -60,6 +65,7 @@ class TuneBatch:
         self.backbone, self.plan, self.send = backbone, plan, send
         self.forward_only, self.checkpointing, self._arena = forward_only, checkpointing, arena
         self.tokens = sum(lengths)
+        self.changed = threading.Condition()
         self.start, self.stop = plan.cloud_layers.start, plan.cloud_layers.stop
         # Nothing below is needed: no personal weight is there.
         self.bottom = plan.lowest_gradient
@@ -85,19 +91,40 @@ class TuneBatch:
 
     def put(self, name: str, layer: int, first: int, rows: Tensor) -> None:
         """Take the next rows of a tensor from the edge: ``rows (rows, width)``, whose checks are done."""
-        gathered = self._gathered.setdefault((name, layer), Gathered())
-        assert first == gathered.filled
-        gathered.put(rows)
+        with self.changed:
+            gathered = self._gathered.setdefault((name, layer), Gathered())
+            assert first == gathered.filled
+            gathered.put(rows)
+            self.changed.notify_all()
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do or to wait for."""
         return all(piece.stage is Stage.DONE for piece in self.pieces)
 
-    def next(self) -> Piece | None:
-        """Return the piece that goes on next, None if all wait for the edge or are done."""
-        ready = (piece for piece in self.pieces if self._is_ready(piece))
-        return min(ready, key=lambda piece: piece.order, default=None)
+    @property
+    def may_share(self) -> bool:
+        """Whether pieces may run side by side: Hugging Face's own code keeps products in its modules."""
+        layers = (self.backbone.layers[layer] for layer in range(self.start, self.stop))
+        return self.backbone.device.type == "cpu" and all(layer.lean is not None for layer in layers)
+
+    def next(self, running: Collection[Piece] = ()) -> Piece | None:
+        """Return the piece that goes on next, None if all wait for the edge or for others, or are done.
+
+        Parameters
+        ----------
+        running
+            Pieces that are being run on other threads. Those behind follow and do not overtake them, so that
+            rows of every tensor are sent and taken in order.
+        """
+        with self.changed:
+            ready = (
+                piece
+                for piece in self.pieces
+                if all(piece is not other and not _would_overtake(piece, other) for other in running)
+                and self._is_ready(piece)
+            )
+            return min(ready, key=lambda piece: piece.order, default=None)
 
     @torch.no_grad()
     def run(self, piece: Piece) -> None:
@@ -143,10 +170,11 @@ class TuneBatch:
         return next(iter(self._left), None) == (name, layer)
 
     def _send(self, name: str, layer: int, piece: Piece, rows: Tensor) -> None:
-        self._left[name, layer] -= piece.tokens
-        if self._left[name, layer] == 0:
-            del self._left[name, layer]
-        self.send(name, layer, piece.lo, rows)
+        with self.changed:  # what is sent after it, on whatever thread, leaves after it
+            self._left[name, layer] -= piece.tokens
+            if self._left[name, layer] == 0:
+                del self._left[name, layer]
+            self.send(name, layer, piece.lo, rows)
 
     # --- forward --------------------------------------------------------------------------------------------
 
@@ -323,6 +351,10 @@ class TuneBatch:
         if gathered.taken == self.tokens:
             del self._gathered[name, layer]
         return rows
+
+
+def _would_overtake(piece: Piece, running: Piece) -> bool:
+    return running.index < piece.index and piece.unit >= running.unit
 
 
 def _of(tensor: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ mistake which both sides make would be seen.
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from cloud_server.arena import Arena
 from cloud_server.backbone import Backbone
+from cloud_server.tune_slice import TuneSlice
 from cloud_server.tuning import TuneBatch
 from shared.plan import Plan
 from shared.reference import Reference
@@ -118,9 +120,13 @@ def tune_directly(
     head: Head,
     sequences: Sequence[Sequence[int]],
     make: Callable[..., TuneBatch] = TuneBatch,
+    pool: Executor | None = None,
     **options: Any,
 ) -> tuple[float, dict[int, Tensor], Tensor]:
-    """Run one batch through the cloud's maths; return the loss, dL/dM by layer and hL."""
+    """Run one batch through the cloud's maths; return the loss, dL/dM by layer and hL.
+
+    With a pool its pieces run side by side.
+    """
     lengths = [len(ids) for ids in sequences]
     tokens = sum(lengths)
     learner = Learner(plan, matrices, head.dtype)
@@ -132,7 +138,10 @@ def tune_directly(
     parts: dict[tuple[str, int], list[Tensor]] = {}
     loss, hidden = 0.0, torch.empty(0)
     while (piece := batch.next()) is not None:
-        batch.run(piece)
+        if pool is None:
+            batch.run(piece)
+        else:
+            TuneSlice(batch, {}, 1.0, lambda: False, pool, lambda: False).run()
         while sent:
             name, layer, first, rows = sent.popleft()
             seen = parts.setdefault((name, layer), [])

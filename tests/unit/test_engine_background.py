@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 import pytest
@@ -24,6 +25,7 @@ class Work:
         self.bench, self.count = bench, count
         self.due_at, self.pause_s = 0.0, 0.0  # when a slice is due (monotonic); how long it waits after one
         self.asked: list[bool] = []  # the values of ``spare``
+        self.wanted: list[Callable[[], bool] | None] = []
         self.ran: list[float] = []
         self.log: list[int] = []  # how many runs of the backbone came before each slice
         self.seconds, self.is_running = 0.0, False
@@ -36,7 +38,8 @@ class Work:
         self.asked.append(spare)
         return self.due_at - now
 
-    async def run_one(self, executor: Executor) -> None:
+    async def run_one(self, executor: Executor, wanted: Callable[[], bool] | None = None) -> None:
+        self.wanted.append(wanted)
         self.count -= 1
         self.log.append(len(self.bench.backbone.log))
         self.is_running = True
@@ -53,6 +56,7 @@ async def test_where_nobody_decodes_it_runs_without_a_pause() -> None:
     async with bench.serving():
         await bench.until(lambda: work.count == 0)
     assert all(work.asked), "nobody is kept waiting"
+    assert all(wanted is not None and not wanted() for wanted in work.wanted), "it may go on"
 
 
 async def test_a_long_step_alone_does_not_stop_it_from_waiting_its_turn() -> None:

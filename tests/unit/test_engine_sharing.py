@@ -1,6 +1,7 @@
 """Identities share the engine in turn, and who takes too much memory is given up alone."""
 
 import errno
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,12 +88,12 @@ async def test_prefill_is_shared_by_identity_not_by_session() -> None:
 class Batch:
     """Tuning work that is always ready; a slice is one unit of it, of three seconds by the test's clock."""
 
-    tokens, finished = 1, False
+    tokens, finished, may_share, pieces = 1, False, False, ()
 
     def __init__(self) -> None:
-        self.ran = 0
+        self.ran, self.changed = 0, threading.Condition()
 
-    def next(self) -> Any:
+    def next(self, running: Any = ()) -> Any:
         return type("Piece", (), {"stage": 0, "tokens": 1})()
 
     def run(self, piece: Any) -> None:
@@ -108,7 +109,9 @@ async def test_tuning_is_shared_by_identity_not_by_stream(monkeypatch: pytest.Mo
         now[0] += 1.0
         return now[0]
 
-    monkeypatch.setattr("cloud_server.tune_queue.time", SimpleNamespace(monotonic=clock, perf_counter=clock))
+    for module in ("tune_queue", "tune_slice"):
+        times = SimpleNamespace(monotonic=clock, perf_counter=clock)
+        monkeypatch.setattr(f"cloud_server.{module}.time", times)
     jobs = [_job("alice") for _ in range(5)] + [_job("bob")]
     for job in jobs:
         queue.add(job)

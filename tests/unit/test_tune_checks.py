@@ -301,6 +301,37 @@ async def test_a_batch_that_fails_is_its_own_edges_matter(talk: Talk, backbone: 
     assert talk.session.current is None and talk.budget.used == 0 and not talk.queue._jobs
 
 
+async def test_the_next_batch_takes_the_memory_of_the_one_before(talk: Talk) -> None:
+    seen = []
+    for number in (1, 2):
+        await talk.begin(3, batch=number)
+        job = talk.session.current.job  # type: ignore[union-attr]
+        arena = job.batch._arena
+        assert arena is not None and talk.budget.arenas.bytes == 0
+        seen.append(arena)
+        talk.queue.remove(job)
+        talk.session.current = None
+        assert talk.budget.used == 0 and talk.budget.arenas.bytes == arena.size
+    assert seen[0] is seen[1]
+    await talk.begin(3, batch=3)
+    talk.session.close()
+    assert talk.budget.used == talk.budget.arenas.bytes == 0, "nobody is there to use it again"
+
+
+async def test_idle_memory_makes_room_for_a_batch(backbone: Backbone) -> None:
+    talk = Talk(backbone)
+    await talk.begin(50, 50, 50)
+    used, job = talk.budget.used, talk.session.current.job  # type: ignore[union-attr]
+    talk.queue.remove(job)
+    talk.session.current = None
+    idle = talk.budget.arenas.bytes
+    assert 0 < idle <= used
+    talk.budget.total = used + idle // 2
+    talk.session.config = talk.session.config.model_copy(update={"checkpointing": True})
+    await talk.begin(50, 50, batch=2, forward_only=True)  # needs no arena
+    assert talk.budget.used + talk.budget.arenas.bytes <= talk.budget.total
+
+
 async def test_a_batch_that_cannot_be_made_gives_its_memory_back(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +339,7 @@ async def test_a_batch_that_cannot_be_made_gives_its_memory_back(
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr("cloud_server.tune_session.Arena", no_memory)
+        patched.setattr("cloud_server.arena.Arena", no_memory)
         with pytest.raises(MemoryError):
             await talk.begin(3)
     assert talk.budget.used == 0 and talk.session.current is None

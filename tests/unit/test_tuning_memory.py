@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_server.arena import Arena
+from cloud_server.arena import Arena, Arenas
 from cloud_server.backbone import Backbone
 from cloud_server.tuning import TuneBatch
 from cloud_server.tuning_memory import kept_bytes, tuning_bytes
@@ -145,3 +145,42 @@ def test_what_does_not_fit_is_kept_all_the_same() -> None:
     arena, tensor = Arena(100), torch.randn(20)
     assert torch.equal(arena.copy(tensor), tensor) and arena.used == 80
     assert torch.equal(arena.copy(tensor), tensor) and arena.used == 80
+
+
+def test_an_arena_serves_one_batch_after_another() -> None:
+    arenas = Arenas()
+    first = arenas.get(1 << 20)
+    kept = first.copy(torch.full((1000,), 7.0))
+    arenas.put(first)
+    del kept
+    again = arenas.get((1 << 20) + 1000)  # there is some room to grow
+    assert again is first and (again.size, again.used, arenas.bytes) == ((1 << 20) + 1000, 0, 0)
+    assert torch.equal(again.copy(torch.arange(5.0)), torch.arange(5.0))
+    arenas.put(again)
+    assert arenas.get(1 << 22) is not first, "it is too small"
+
+
+def test_what_a_smaller_batch_has_no_use_for_is_given_back() -> None:
+    arena, size = Arena(8 << 20), 8 << 20
+    arena.copy(torch.full((size // 4,), 7.0))
+    arena.begin(1 << 20)
+    assert arena.size == 1 << 20
+    content = torch.frombuffer(arena._pages, dtype=torch.float32)
+    if arena._can_shrink:
+        assert not content[(1 << 20) // 4 :].any() and content[: (1 << 20) // 4].all(), "the rest is fresh"
+    arena._can_shrink = False
+    arena.copy(torch.zeros((1 << 20) // 4))
+    assert arena.fits(1 << 20) and not arena.fits(1 << 19), "it could not hold less"
+
+
+def test_idle_arenas_make_room() -> None:
+    arenas = Arenas()
+    first, second = arenas.get(1 << 20), arenas.get(2 << 20)
+    arenas.put(first)
+    arenas.put(second)
+    assert arenas.bytes == 3 << 20
+    arenas.shrink(2 << 20)
+    assert arenas.bytes == 2 << 20 and arenas.get(2 << 20) is second
+    arenas.put(second)
+    arenas.shrink(0)
+    assert arenas.bytes == 0

@@ -1,0 +1,148 @@
+"""A slice of tuning: pieces side by side give the bits that they give in turn, and keep their order."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from cloud_server.backbone import Backbone
+from cloud_server.tune_piece import Piece, Stage
+from cloud_server.tune_slice import TuneSlice
+from cloud_server.tuning import TuneBatch
+from shared.models import resolve
+from tests.families import build, plan_for, prompts
+from tests.plans import lowrank_for, matrices_for
+from tests.tuning import Head, tune_directly
+
+HANG_S = 900.0  # only what hangs takes as long
+
+
+@pytest.fixture(scope="module")
+def backbone(folder_of) -> Backbone:
+    model = build("llama")
+    plan = plan_for(model)
+    return Backbone(
+        resolve(str(folder_of("llama")), progress=False), {"test": (plan, lowrank_for(plan, model))}
+    )
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with ThreadPoolExecutor(3) as made:
+        yield made
+    torch.set_num_threads(before)
+
+
+def batch_of(backbone: Backbone, pieces: int, **options: Any) -> TuneBatch:
+    batch = TuneBatch(
+        backbone, backbone.plans["test"], [4] * pieces, lambda *_: None, piece_tokens=4, **options
+    )
+    batch.put("hidden", 0, 0, torch.randn(4 * pieces, 48, generator=torch.Generator().manual_seed(0)))
+    return batch
+
+
+def slice_of(batch: TuneBatch, pool: ThreadPoolExecutor, **more: Any) -> TuneSlice:
+    options: dict[str, Any] = {"slice_s": 0.0, "is_cancelled": lambda: False} | more
+    return TuneSlice(batch, {}, options.pop("slice_s"), options.pop("is_cancelled"), pool, **options)
+
+
+def test_pieces_side_by_side_give_the_same_bits(backbone: Backbone, pool: ThreadPoolExecutor) -> None:
+    model = build("llama")
+    plan, sequences = backbone.plans["test"], [*prompts(3), *prompts(2)]
+    head, matrices = Head(model), matrices_for(backbone.plans["test"])
+    torch.set_num_threads(1)
+    loss, expected, hidden = tune_directly(backbone, plan, matrices, head, sequences, piece_tokens=20)
+    torch.set_num_threads(3)
+    for _ in range(5):
+        found = tune_directly(backbone, plan, matrices, head, sequences, pool=pool, piece_tokens=20)
+        assert found[0] == loss and torch.equal(found[2], hidden)
+        assert all(torch.equal(found[1][layer], gradient) for layer, gradient in expected.items())
+
+
+def test_as_many_run_at_once_as_there_are_threads(
+    backbone: Backbone, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, meeting, run = batch_of(backbone, 2), threading.Barrier(2), TuneBatch.run
+    threads: list[int] = []
+
+    def meet(self: TuneBatch, piece: Piece) -> None:
+        if (piece.index, piece.stage) in ((0, Stage.STASH), (1, Stage.EMIT)):
+            meeting.wait(HANG_S)
+            threads.append(torch.get_num_threads())
+        run(self, piece)
+
+    monkeypatch.setattr(TuneBatch, "run", meet)
+    slice_of(batch, pool, is_wanted=lambda: False).run()
+    assert threads == [1, 1] and torch.get_num_threads() == 3
+
+
+def test_who_is_behind_does_not_overtake(backbone: Backbone) -> None:
+    batch = batch_of(backbone, 3)
+    first = batch.next()
+    assert first is batch.pieces[0]
+    assert batch.next([first]) is None, "all others are where it is"
+    batch.run(first)
+    assert first.stage is Stage.STASH
+    second = batch.next([first])
+    assert second is batch.pieces[1] and second.stage is Stage.EMIT
+    assert batch.next([first, second]) is None
+    batch.run(second)
+    assert batch.next([second]) is batch.pieces[2] or batch.next([second]) is first
+
+
+def test_a_single_piece_has_all_threads(backbone: Backbone, pool: ThreadPoolExecutor) -> None:
+    one = slice_of(batch_of(backbone, 1), pool)
+    assert (one.workers, one.threads) == (1, 3)
+    two = slice_of(batch_of(backbone, 2), pool)
+    assert (two.workers, two.threads) == (2, 1)
+
+
+def test_layers_that_keep_products_in_their_modules_run_alone(
+    backbone: Backbone, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone.layers[1], "lean", None)
+    assert slice_of(batch_of(backbone, 3), pool).workers == 1
+
+
+def test_what_a_unit_raises_reaches_who_runs_the_slice(
+    backbone: Backbone, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, run, failed = batch_of(backbone, 3), TuneBatch.run, threading.Event()
+
+    def fail(self: TuneBatch, piece: Piece) -> None:
+        if piece.index == 1:
+            failed.set()
+            raise IndexError("broken")
+        run(self, piece)
+
+    monkeypatch.setattr(TuneBatch, "run", fail)
+    with pytest.raises(IndexError, match="broken"):
+        slice_of(batch, pool, is_wanted=lambda: False).run()
+    assert failed.is_set() and torch.get_num_threads() == 3
+
+
+def test_a_slice_ends_with_its_time_or_when_somebody_wants_to_compute(
+    backbone: Backbone, pool: ThreadPoolExecutor
+) -> None:
+    def ran(**options: Any) -> int:
+        batch, units = batch_of(backbone, 1), 0
+        run = batch.run
+
+        def count(piece: Piece) -> None:
+            nonlocal units
+            units += 1
+            run(piece)
+
+        batch.run = count  # type: ignore[method-assign]
+        slice_of(batch, pool, **options).run()
+        return units
+
+    assert ran(slice_s=0.0) == 1, "one unit at least"
+    assert ran(is_wanted=lambda: True) == 1
+    assert ran(is_wanted=lambda: False) == 2, "codes and the base products; then it waits for the edge"
+    assert ran(is_cancelled=lambda: True) == 0
