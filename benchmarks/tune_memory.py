@@ -54,6 +54,7 @@ def measured(model: str, tokens: int, checkpointing: bool, batches: int) -> dict
             checkpointing,
             longest=longest,
             piece_tokens=TuningConfig().piece_tokens,
+            side_by_side=torch.get_num_threads(),  # the cloud's are the machine's too
         )
         before, _ = memory_bytes(cloud.pid)
         rises = []

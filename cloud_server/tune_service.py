@@ -29,6 +29,7 @@ from cloud_server.tune_session import (
     gradients_underflow,
     most_tokens,
 )
+from cloud_server.tune_slice import most_workers
 from cloud_server.tuning import TuneBatch
 from cloud_server.tuning_memory import tuning_bytes
 from shared import wire
@@ -208,6 +209,7 @@ class TuneService:
                 config.checkpointing,
                 longest=min(tokens, context),
                 piece_tokens=config.piece_tokens,
+                side_by_side=most_workers(backbone),
             )
             return size <= most_bytes
 

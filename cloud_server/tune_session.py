@@ -20,6 +20,7 @@ from cloud_server.config.tuning import TuningConfig
 from cloud_server.refusal import Refusal, invalid
 from cloud_server.tune_outbox import Budget, Rows, TuneOutbox
 from cloud_server.tune_queue import Job, TuneQueue
+from cloud_server.tune_slice import most_workers
 from cloud_server.tuning import TuneBatch
 from cloud_server.tuning_memory import kept_bytes, tuning_bytes
 from shared import wire
@@ -86,6 +87,7 @@ class TuneSession:
             self.config.checkpointing,
             longest=max(lengths),
             piece_tokens=self.config.piece_tokens,
+            side_by_side=most_workers(self.backbone),
         )
 
     async def begin(self, message: pb.Batch, allowance: Allowance | None = None) -> None:
@@ -120,9 +122,11 @@ class TuneSession:
         arena: Arena | None = None
 
         def freed() -> None:
+            nonlocal arena
             self.budget.give_back(size)
             if arena is not None and not self.closed:
                 self.budget.arenas.put(arena)
+            arena = None  # or whoever still holds this function holds hundreds of megabytes
             if allowance is not None:
                 allowance.tuning_bytes -= size
 

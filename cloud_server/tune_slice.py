@@ -11,10 +11,16 @@ from concurrent.futures import Executor, wait
 
 import torch
 
+from cloud_server.backbone import Backbone
 from cloud_server.tune_piece import Piece, Stage
 from cloud_server.tuning import TuneBatch
 
 LONGEST_S = 0.5  # of a slice that nobody waits for the end of
+
+
+def most_workers(backbone: Backbone) -> int:
+    """Return how many pieces run side by side at most (count)."""
+    return torch.get_num_threads() if backbone.device.type == "cpu" else 1
 
 
 class TuneSlice:
@@ -54,7 +60,7 @@ class TuneSlice:
         self._units = 0
         self._failed = False
         threads = torch.get_num_threads()
-        self.workers = min(threads, len(batch.pieces)) if batch.may_share else 1
+        self.workers = min(most_workers(batch.backbone), len(batch.pieces)) if batch.may_share else 1
         self.threads, self._all_threads = threads // self.workers, threads
 
     def run(self) -> None:

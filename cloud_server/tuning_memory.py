@@ -19,6 +19,7 @@ def tuning_bytes(
     *,
     longest: int | None = None,
     piece_tokens: int = 128,
+    side_by_side: int = 1,
 ) -> int:
     """Return the most bytes that a batch holds at any moment, weights and messages on their way aside.
 
@@ -26,7 +27,7 @@ def tuning_bytes(
     MLP and ``n`` the layers from the lowest adapted one up (below it nothing has anything to learn), or all
     if the edge learns in layers below the cloud's::
 
-        1.1 * (tokens * (n * kept + passing) + piece * working)
+        1.1 * (tokens * (n * kept + passing) + pieces * working)
 
     *kept*, per token and layer, until the batch is done:
         its input ``d`` and, with checkpointing, residual codes ``groups * r_d2c`` (once, where layers
@@ -40,7 +41,7 @@ def tuning_bytes(
     *passing*, per token, at one layer at a time:
         three gradients on the way back, ``2 d + qkv``, and the residual codes that one
         exchange asks for, on their way in or their gradients out.
-    *working*, per token of the largest piece:
+    *working*, per token of as many of the largest pieces as run side by side:
         gradients inside one layer, ``6 w + 2 d + 2 qkv``, and all that it computes, as under *kept*
         without checkpointing: before it is copied to where it is kept, or when it is run again.
     *1.1*:
@@ -63,6 +64,8 @@ def tuning_bytes(
         Tokens of the longest sequence, ``tokens`` if not given.
     piece_tokens
         Most tokens in a piece; see `cloud_server.tuning.TuneBatch`.
+    side_by_side
+        Most pieces that run at a time; see `cloud_server.tune_slice.TuneSlice`.
 
     Returns
     -------
@@ -74,11 +77,11 @@ def tuning_bytes(
     kept = kept_bytes(geometry, plan, tokens, dtype, checkpointing, longest=longest)
     codes = e * plan.residual_width
     fed = max((len(plan.fed_by(layer)) for layer in plan.exchange_layers), default=0)
-    piece = min(tokens, max(piece_tokens, longest))
+    pieces = min(tokens, side_by_side * max(piece_tokens, longest))
     working = e * (6 * w + 2 * d + 2 * qkv)
     passing = e * (2 * d + qkv) + fed * codes
     working += max((_graph_bytes(geometry, layer, longest, e) for layer in _kept_layers(plan)), default=0)
-    return int(HOLES * (kept + tokens * passing + piece * working))
+    return int(HOLES * (kept + tokens * passing + pieces * working))
 
 
 def kept_bytes(

@@ -1,5 +1,6 @@
 """A tuning run's checks: what is refused with which status, and that a refusal changes nothing."""
 
+import weakref
 from typing import Any
 
 import grpc
@@ -316,6 +317,14 @@ async def test_the_next_batch_takes_the_memory_of_the_one_before(talk: Talk) -> 
     await talk.begin(3, batch=3)
     talk.session.close()
     assert talk.budget.used == talk.budget.arenas.bytes == 0, "nobody is there to use it again"
+
+
+async def test_a_stream_that_ends_leaves_no_memory_with_whoever_remembers_it(talk: Talk) -> None:
+    await talk.begin(3)
+    job = talk.session.current.job  # type: ignore[union-attr]
+    arena = weakref.ref(job.batch._arena)  # type: ignore[arg-type]
+    talk.session.close()
+    assert arena() is None and job.is_cancelled
 
 
 async def test_idle_memory_makes_room_for_a_batch(backbone: Backbone) -> None:

@@ -95,6 +95,11 @@ def test_more_takes_more(tmp_path: Path) -> None:
     assert sizes == sorted(sizes)
     assert tuning_bytes(g, plan, 5000, torch.float32, True, longest=50) < sizes[-1] / 2
     assert tuning_bytes(g, plan, 5000, torch.float64, False, longest=50) > 1.9 * sizes[-1]
+    one, two, all_of_it = (
+        tuning_bytes(g, plan, 500, torch.float32, False, longest=50, side_by_side=n) for n in (1, 2, 100)
+    )
+    alone = tuning_bytes(g, plan, 500, torch.float32, False, longest=50, piece_tokens=500)
+    assert one < two < all_of_it == alone, "pieces that run side by side compute at the same time"
 
 
 # --- the arena ------------------------------------------------------------------------------------------
