@@ -58,6 +58,7 @@ from shared.help_text import Commands
 from shared.version import ShowVersion
 
 if TYPE_CHECKING:
+    from edge_client.chat import Chat
     from edge_client.config import EdgeConfig
     from edge_client.model import PrivateLoraForCausalLM
 
@@ -202,19 +203,8 @@ def chat(
 
             talk = Chat(model, settings, _write, lambda line: _write(line + "\n"), _ask)
             _write(f"connected to {settings.cloud}; /help lists the commands\n")
-            while (line := _read_line()) is not None:
-                if not line.strip():
-                    continue
-                try:
-                    if line.startswith("/"):
-                        if not talk.command(line.strip()):
-                            break
-                    elif (reply := talk.turn(line)) is not None:
-                        _write(f"\n[{reply.figures.line()}]\n")
-                except (ValueError, OSError, RuntimeError) as error:
-                    if debug:
-                        raise
-                    _write(f"\nerror: {printable(in_words(error))}\n")
+            while _goes_on(talk, debug):
+                pass
 
 
 # After the commands above, so that help lists them first. Imports torch only when a command needs it.
@@ -223,6 +213,29 @@ app.command()(plan)
 app.command()(rank)
 app.command()(doctor)
 app.add_typer(adapter_app, name="adapter")
+
+
+def _goes_on(talk: "Chat", debug: bool) -> bool:
+    """Take one line of a conversation and do what it says; return whether more are wanted.
+
+    No Ctrl-C ends the conversation: not a second one while the first is heeded, nor one between answers.
+    """
+    try:
+        line = _read_line()  # what goes wrong here would go wrong again, so it ends the conversation
+        if line is None:
+            return False
+        try:
+            if line.startswith("/"):
+                return talk.command(line.strip())
+            if line.strip() and (reply := talk.turn(line)) is not None:
+                _write(f"\n[{reply.figures.line()}]\n")
+        except (ValueError, OSError, RuntimeError) as error:
+            if debug:
+                raise
+            _write(f"\nerror: {printable(in_words(error))}\n")
+    except KeyboardInterrupt:
+        _write("\n")
+    return True
 
 
 def _flags(given: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +293,7 @@ def _write(text: str) -> None:
 
 def _read_line() -> str | None:
     """Return a line, None at the end of input; Ctrl-C at the prompt only clears it."""
-    while True:
+    while sys.stdin is not None:  # None: it was closed before this program began
         try:
             return input("> ")
         except EOFError:
@@ -290,12 +303,14 @@ def _read_line() -> str | None:
             _write("\n(Ctrl-D or /quit ends the chat)\n")
         except UnicodeDecodeError as error:  # pasted from elsewhere; the conversation is worth more
             _write(f"\nthat was no {error.encoding} text, and was not sent\n")
+    return None
 
 
 def _ask(question: str) -> bool:
     try:
         return input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        _write("\n")
         return False
 
 

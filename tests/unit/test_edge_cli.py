@@ -14,7 +14,7 @@ from edge_client.answer import TextStream, answer, printable
 from edge_client.chat import Chat
 from edge_client.config import EdgeConfig, SettingsError, load_config
 from edge_client.personal import PersonalWeights
-from edge_client.report import Meter, full_activation_bytes
+from edge_client.report import Figures, Meter, full_activation_bytes
 from shared.adapter import Adapter
 from shared.wire_dtypes import WireDtypes
 from tests import families
@@ -331,6 +331,45 @@ def test_chat_goes_on_after_errors_and_commands(run):
     assert result.exit_code == 0, result.output
     assert "error: no adapter '/nonexistent'" in result.output
     assert result.output.count("[prompt ") == 2
+
+
+@pytest.mark.parametrize("where", ["answer", "figures", "command"])
+def test_no_ctrl_c_ends_a_chat(run, monkeypatch, where):
+    """One may come while an earlier one is being heeded, or when nothing is under way that it could stop."""
+    left = [KeyboardInterrupt]
+
+    def interrupt_once(*args, **kwargs):
+        if left:
+            raise left.pop()
+        return kept(*args, **kwargs)
+
+    owner, name = {"answer": (Meter, "figures"), "figures": (Figures, "line"), "command": (Chat, "drop")}[
+        where
+    ]
+    kept = getattr(owner, name)
+    monkeypatch.setattr(owner, name, interrupt_once)
+    result = run("chat", "--max-new-tokens", "3", input="Hi\n/drop\nHo\n")
+    assert result.exit_code == 0, result.output
+    assert not left and "[prompt " in result.output.rpartition("> ")[0]
+
+
+def test_a_chat_ends_where_nothing_can_be_read(run, monkeypatch):
+    def gone(prompt):
+        raise OSError(5, "Input/output error")  # a terminal that was closed
+
+    monkeypatch.setattr("builtins.input", gone)
+    result = run("chat")
+    assert result.exit_code == 1 and result.stderr == "error: Input/output error\n"
+    monkeypatch.setattr(cli.sys, "stdin", None)
+    assert cli._read_line() is None
+
+
+def test_ctrl_c_at_a_question_is_no(monkeypatch):
+    def interrupt(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert cli._ask("Drop the oldest?") is False
 
 
 def test_help_is_there_without_torch():
