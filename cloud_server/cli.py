@@ -21,6 +21,7 @@ from cloud_server.health_cli import health
 from cloud_server.token_cli import app as token_app
 from shared.complaint import in_words, setting_in_words
 from shared.help_text import Commands
+from shared.standard_streams import fill_standard_streams
 from shared.version import ShowVersion
 
 if TYPE_CHECKING:
@@ -273,6 +274,7 @@ def _announce(address: str, service: "Service") -> None:
 
 def main() -> None:
     """Console entry point."""
+    fill_standard_streams()
     app()
 
 

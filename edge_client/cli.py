@@ -55,6 +55,7 @@ from edge_client.rank_cli import rank
 from edge_client.tune_cli import tune
 from shared.complaint import in_words
 from shared.help_text import Commands
+from shared.standard_streams import fill_standard_streams
 from shared.version import ShowVersion
 
 if TYPE_CHECKING:
@@ -316,6 +317,7 @@ def _ask(question: str) -> bool:
 
 def main() -> None:
     """Console entry point."""
+    fill_standard_streams()
     app()
 
 

@@ -308,6 +308,23 @@ def test_a_closed_stdin_is_no_prompt(run, monkeypatch):
         cli._stdin()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="starts a shell")
+@pytest.mark.parametrize("command", ["edge_client.cli", "cloud_server.cli"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_a_command_started_without_a_standard_stream_has_one(command, closed):
+    """Else an event loop's pipe gets its number, and closing that ends the process (SIGABRT)."""
+    code = (
+        f"import asyncio, sys; from {command} import app, main; import {command} as module\n"
+        "def serve():\n"
+        "    import uvloop\n"
+        "    loop = uvloop.new_event_loop(); loop.run_until_complete(asyncio.sleep(0)); loop.close()\n"
+        "    sys.exit(7)\n"
+        "module.app = serve; main()\n"
+    )
+    run = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+    assert subprocess.run(run, timeout=600, check=False).returncode == 7
+
+
 def test_errors_are_one_line(run):
     result = run("generate", "--prompt", "x" * 500)
     assert result.exit_code == 1
