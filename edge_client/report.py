@@ -25,7 +25,8 @@ class Figures:
 
     ``prefill_tok_s`` counts the prompt tokens that were computed (not those reused) over the time to
     the first token; ``decode_tok_s`` the tokens after the first over the time after it.
-    ``tokens_per_step`` is above 1 where drafted tokens were accepted.
+    ``tokens_per_step`` is above 1 where drafted tokens were accepted. Who stopped before the first token
+    knows none of them, nor what was reused: all are 0 then.
     """
 
     prompt_tokens: int
@@ -49,6 +50,8 @@ class Figures:
 
     def line(self) -> str:
         """Return the figures in one line for people."""
+        if not self.new_tokens:
+            return f"prompt {self.prompt_tokens} tokens | stopped before the first token"
         reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
         parts = [
             f"prompt {self.prompt_tokens} tokens{reused}",
@@ -116,6 +119,7 @@ class Meter:
         """Return the figures of what was generated since `start`."""
         waited = max(self._first.at_s - self._start.at_s, 1e-9)
         computed = min(prompt_tokens, self._first.positions - self._start.positions)
+        reused = prompt_tokens - computed if self.new_tokens else 0
         decoded = self.new_tokens - self._first_tokens if self.new_tokens else 0
         spent = self._last.traffic - self._first.traffic
         drafts = self._mark().drafts - self._start.drafts
@@ -123,7 +127,7 @@ class Meter:
         each = 1 / decoded if decoded else 0.0
         return Figures(
             prompt_tokens=prompt_tokens,
-            reused_tokens=prompt_tokens - computed,
+            reused_tokens=reused,
             new_tokens=self.new_tokens,
             time_to_first_token_s=round(waited, 4),
             prefill_tok_s=round(computed / waited, 2),

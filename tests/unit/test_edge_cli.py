@@ -340,7 +340,9 @@ def test_interrupted_generate_prints_figures_and_says_so_by_its_exit_code(run, m
     monkeypatch.setattr(model, "generate", interrupt)
     result = run("generate", "--prompt", "Hello")
     assert result.exit_code == 130 and result.stderr == ""
-    assert "[prompt " in result.stdout
+    assert "tokens | stopped before the first token]" in result.stdout
+    found = json.loads(run("generate", "--json", "--prompt", "Hello").stdout)
+    assert found["finish"] == "interrupted" and found["new_tokens"] == found["reused_tokens"] == 0
 
 
 def test_chat_goes_on_after_errors_and_commands(run):
