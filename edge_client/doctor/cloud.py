@@ -37,6 +37,13 @@ def service(exam: Exam) -> Finding:
         code, details = error.code(), one_line(error.details() or "")
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return failed(f"gRPC answers at {exam.target}, but not with a health check", NOT_ONE)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # whoever speaks something else says so, or hangs up
+            waited_s = exam.settings.connect_timeout_s
+            return failed(
+                f"{exam.target} takes connections, and answers nothing within {waited_s:g} s: it hangs, is "
+                "paused or far too busy, or does not speak gRPC",
+                f"look at the cloud's log and its machine, or take another of its replicas; else {NOT_ONE}",
+            )
         meaning = tls_problem(details, exam.target) if exam.credentials.tls else None
         return failed(f"no gRPC at {exam.target}: {code.name}: {meaning or details}", NOT_ONE)
     if answer != SERVING:

@@ -1,5 +1,6 @@
 """Whether this edge can keep what it has to: public parts of the model, and what it knows of clouds."""
 
+import errno
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from edge_client.trust import config_folder
 from shared.cache import cache_folder
 from shared.edge_parts import parts_of
 from shared.fingerprint import edge_digest
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # the disk, or this user's part of it
 
 
 def folders(exam: Exam) -> Finding:
@@ -23,9 +26,10 @@ def folders(exam: Exam) -> Finding:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"\0")
         except OSError as error:
+            mend = "free some space there" if error.errno in FULL else "make it writable for this user"
             return failed(
                 f"cannot write to {folder} ({error.strerror})",
-                f"make it writable for this user, or name another folder with {where}",
+                f"{mend}, or name another folder with {where}",
             )
     free = shutil.disk_usage(cache).free
     missing = _missing_bytes(exam, cache)

@@ -1,6 +1,10 @@
 """``privatelora-edge doctor``: every failure is a real one, and what it says names the cause and the fix."""
 
+import errno
 import json
+import os
+import socket
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -253,6 +257,25 @@ def test_a_folder_that_cannot_be_written_to(guarded: Secured, tmp_path: Path) ->
     found = look(guarded.address, cache_dir=tmp_path / "file" / "cache", **own)
     only_failed(found, "folders", "cannot write to", "--cache-dir")
     assert "to fetch" in look(guarded.address, **own)["folders"].says
+
+
+def test_a_full_disk_is_not_called_a_matter_of_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    found = look(f"127.0.0.1:{free_port()}")["folders"]
+    assert found.verdict == "failed" and os.strerror(errno.ENOSPC) in found.says, found
+    assert "free some space" in found.fix and "writable" not in found.fix, found
+
+
+def test_a_cloud_that_hangs_is_not_called_a_wrong_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as paused:  # the kernel connects, and nobody ever answers
+        target = f"127.0.0.1:{paused.getsockname()[1]}"
+        config = EdgeConfig(cloud=target, connect_timeout_s=3.0)
+        found = {finding.check: finding for finding in examine(config, target, with_link=False)}
+    assert found["connection"].verdict == "ok", found["connection"]
+    only_failed(found, "service", "answers nothing within 3 s", "log and its machine")
 
 
 def test_clocks_that_differ() -> None:
