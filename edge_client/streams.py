@@ -14,6 +14,7 @@ from shared.wire import FRAME_BYTES
 MAX_RETRY_AFTER_S = 3600.0  # longer hints are cut: a cloud must not be able to stop an edge for good
 MAX_ADDRESS_CHARS = 260  # longest name and port
 CLOSE_TIMEOUT_S = 1.0  # for the cloud to confirm the end of a stream
+UNSENT = "Internal error from Core"  # what gRPC's client makes of a stream that ended while it was sending
 
 
 class SessionError(ConnectionError):
@@ -91,6 +92,8 @@ async def failure(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> SessionErr
     if isinstance(retry, str) and retry.isascii() and retry.isdigit():
         hint = min(int(retry[:15]) / 1000, MAX_RETRY_AFTER_S)
     successor = one_line(named[:MAX_ADDRESS_CHARS]) if isinstance(named, str) and named else None
+    if code == grpc.StatusCode.INTERNAL and details == UNSENT:  # the status that the cloud gave is lost
+        return SessionError("the stream to the cloud ended while a message was being sent", code)
     if code == grpc.StatusCode.UNAVAILABLE:
         what = "the connection to the cloud was lost" if hint is None else "the cloud cannot serve now"
         return SessionError(f"{what} ({details})", code, hint, successor)
