@@ -148,6 +148,8 @@ class TuneBatch:
 
     def free(self) -> None:
         """Forget everything."""
+        for piece in self.pieces:
+            piece.kept.clear()  # leads back to the piece through a graph, where no collector sees it
         self.pieces.clear()
         self._gathered.clear()
         self._arena = None
@@ -245,12 +247,13 @@ class TuneBatch:
         keeping: AbstractContextManager[None] = nullcontext()
         if arena is not None:
             hidden, qkv = arena.copy(hidden), arena.copy(qkv)
+            attention = piece.attention  # alone: the graph holds on to what is asked here
             shared = {t.untyped_storage().data_ptr() for rotary in piece.rotary.values() for t in rotary}
             keeping = arena.keeping(
                 lambda t: (
                     (address := t.untyped_storage().data_ptr()) in shared
                     or layer.owns(address)
-                    or piece.attention.owns(address)
+                    or attention.owns(address)
                 )
             )
         hidden = hidden.detach().requires_grad_(not self._is_last(piece.layer))

@@ -291,6 +291,20 @@ async def test_leaving_in_the_middle_frees_everything(talk: Talk) -> None:
     talk.session.close()
 
 
+async def test_leaving_on_the_way_back_frees_what_was_kept_for_it(talk: Talk) -> None:
+    await talk.begin(3, 2)
+    talk.rows("hidden", (5, HIDDEN))
+    for layer in talk.plan.owners:
+        await talk.run()
+        talk.rows("residual_codes", (5, talk.plan.residual_width), layer=layer)
+    await talk.run()
+    batch = talk.session.current.job.batch  # type: ignore[union-attr]
+    kept = [weakref.ref(kept) for piece in batch.pieces for kept in piece.kept.values()]
+    assert len(kept) == 8, "four layers of two pieces"
+    talk.session.close()
+    assert not any(reference() for reference in kept), "no collector sees the graphs that hold these"
+
+
 async def test_a_batch_that_fails_is_its_own_edges_matter(talk: Talk, backbone: Backbone) -> None:
     failures: list[Exception] = []
     talk.session.on_failed = failures.append
