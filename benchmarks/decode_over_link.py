@@ -36,6 +36,7 @@ from benchmarks.edge_options import (
 )
 from benchmarks.link import Joined, Link, LinkError, end_on_sigterm, say
 from benchmarks.processes import CloudProcess, ProcessError
+from edge_client.draft_length import DEFAULT_DRAFT_TOKENS
 
 RECORD = Path(__file__).with_name("decode_runs.jsonl")
 NOWHERE = "none"  # the link of what needs none
@@ -203,7 +204,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="longest answer (tokens)")
     parser.add_argument("--slow-prompts", type=int, default=3)
     parser.add_argument("--slow-tokens", type=int, default=8)
-    parser.add_argument("--draft-tokens", type=int, default=16, help="longest draft; 0: no drafting")
+    parser.add_argument(
+        "--draft-tokens", type=int, default=DEFAULT_DRAFT_TOKENS, help="longest draft; 0: no drafting"
+    )
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="further words for the cloud")
     options = parser.parse_args()
