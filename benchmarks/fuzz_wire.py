@@ -131,6 +131,7 @@ class Wire:
         mutate, share = Mutator(rng, self.corpus), 0.0 if honest else rng.choice((0.3, 0.6))
         call = channel.stream_stream(SERVICE + method)(timeout=DEADLINE_S)
         said: list[Any] = []
+        heard: asyncio.Future[Any] | None = None
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             for _ in range(24 if honest else rng.randint(1, 12)):
                 while edge.waits():
@@ -140,6 +141,7 @@ class Wire:
                     if not done or heard.result() is grpc.aio.EOF:
                         break
                     edge.hears(heard.result())
+                    heard = None
                 else:
                     message = edge.says()
                     said.append(message)
@@ -154,8 +156,10 @@ class Wire:
             if rng.random() < 0.3 and not honest:
                 call.cancel()
                 tally.outcomes["cancelled"] += 1
+                await _over(heard)
                 return said
             await call.done_writing()
+        await _over(heard)
         await self._judge(call, tally)
         if honest and await call.code() is not grpc.StatusCode.OK:
             raise Failure(f"an honest {method} stream ended with {await call.code()}: {await call.details()}")
@@ -175,6 +179,14 @@ class Wire:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and "cut off" not in (await call.details() or ""):
             raise Failure(f"hangs: {await call.details()}")
         tally.outcomes[code.name] += 1
+
+
+async def _over(heard: asyncio.Future[Any] | None) -> None:
+    """Wait for a read that was given up: of two at once, one waits for an end that nobody reads on to."""
+    if heard is not None:
+        await asyncio.wait([heard])
+        if not heard.cancelled():
+            heard.exception()
 
 
 def run_wire(folder: Path, seed: str, mutated: int, seconds: float, tally: Tally) -> dict[str, Any]:
