@@ -19,7 +19,7 @@ from cloud_server import logs
 from cloud_server.cert_cli import app as cert_app
 from cloud_server.health_cli import health
 from cloud_server.token_cli import app as token_app
-from shared.complaint import in_words, setting_in_words
+from shared.complaint import in_words, is_want_of_memory, setting_in_words
 from shared.help_text import Commands
 from shared.standard_streams import fill_standard_streams
 from shared.version import ShowVersion
@@ -217,8 +217,8 @@ def serve(
         raise typer.Exit(1) from None
     except typer.Exit:  # a RuntimeError, but no error
         raise
-    except (ValueError, OSError, RuntimeError) as error:
-        if debug:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        if debug or (isinstance(error, ImportError) and not is_want_of_memory(error)):
             raise
         logs.failed(in_words(error))
         raise typer.Exit(1) from None

@@ -1,22 +1,20 @@
 """Running out of memory: how to know it, what to say at the start, and how much there is."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-# What torch and the system say; torch's allocator for the CPU has no error type of its own.
-WORDS = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+from shared.complaint import is_want_of_memory
+
+WORDS = ("out of memory",)  # what devices' allocators say besides
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if is_want_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
         return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
 
 

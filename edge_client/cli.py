@@ -230,7 +230,7 @@ def _goes_on(talk: "Chat", debug: bool) -> bool:
                 return talk.command(line.strip())
             if line.strip() and (reply := talk.turn(line)) is not None:
                 _write(f"\n[{reply.figures.line()}]\n")
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if debug:
                 raise
             _write(f"\nerror: {printable(in_words(error))}\n")

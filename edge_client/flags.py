@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_client.plain import printable
-from shared.complaint import in_words
+from shared.complaint import in_words, is_want_of_memory
 
 Cloud = Annotated[
     str | None,
@@ -187,13 +187,16 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         yield
     except typer.Exit:  # a RuntimeError, but no error
         raise
-    except (ValueError, OSError, RuntimeError) as error:
-        if debug:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        if debug or (isinstance(error, ImportError) and not is_want_of_memory(error)):
             raise
-        from edge_client.config import SettingsError
-
         # A cloud's words, and what it calls its plans, are in some messages.
         print(f"error: {printable(in_words(error))}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
+        raise typer.Exit(2 if _is_of_settings(error) else 1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _is_of_settings(error: BaseException) -> bool:
+    config = sys.modules.get("edge_client.config")  # what was never imported has raised nothing
+    return config is not None and isinstance(error, config.SettingsError)

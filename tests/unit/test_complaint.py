@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from cloud_server import cli as cloud_cli
 from edge_client import cli as edge_cli
 from shared.adapter import Adapter, AdapterError
+from shared.cache import replacing
 from shared.complaint import in_words
 from shared.disk import DiskFullError
 
@@ -41,6 +42,55 @@ def test_other_things_that_are_not_as_they_should_be(tmp_path: Path) -> None:
     refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
     assert in_words(refused).startswith(f"this user may not use {tmp_path}")
     assert in_words(OSError(errno.EIO, "Input/output error", b"/x")) == "cannot use /x: input/output error"
+
+
+def test_the_file_is_named_that_was_to_be_replaced(tmp_path: Path) -> None:
+    """Not the draft, which nobody knows, and which is gone by then."""
+    (tmp_path / "known").mkdir()
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "known") as file:
+        file.write(b"x")
+    assert in_words(caught.value).startswith(f"{tmp_path / 'known'} is a folder, and a file is needed there")
+
+
+@pytest.mark.parametrize("path", [None, "/x"])
+def test_too_many_open_files(path: str | None) -> None:
+    words = in_words(OSError(errno.EMFILE, "Too many open files", path))
+    assert "raise the limit" in words and "ulimit -n" in words
+
+
+NO_MEMORY = (
+    MemoryError(),
+    MemoryError("Cannot allocate memory (os error 12)"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("unable to mmap 113248704 bytes from file </x>: Cannot allocate memory (12)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=repr)
+def test_want_of_memory_is_one_line_on_either_side(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is found: while libraries are loaded, or in the middle of a command."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    assert "not enough memory" in in_words(error)
+    monkeypatch.setattr(edge_cli, "_settings", fail)
+    monkeypatch.setattr(cloud_cli, "_run", fail)
+    for app, command in ((edge_cli.app, ["info"]), (cloud_cli.app, ["serve"])):
+        said = CliRunner().invoke(app, command)
+        assert said.exit_code == 1 and "error: there is not enough memory" in " ".join(said.output.split())
+
+
+def test_an_import_that_fails_for_another_reason_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("cannot import name 'x'")
+
+    monkeypatch.setattr(edge_cli, "_settings", fail)
+    assert isinstance(CliRunner().invoke(edge_cli.app, ["info"]).exception, ImportError)
 
 
 def test_a_config_folder_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
