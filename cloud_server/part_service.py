@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import grpc
 
@@ -13,10 +13,14 @@ from cloud_server.config.identity import IdentityLimits
 from cloud_server.refusal import Refusal, invalid
 from cloud_server.releases import Releases
 from cloud_server.streams import Context, Traffic, abort, parse
+from shared.complaint import TOO_MANY_OPEN, in_words
 from shared.edge_parts import EdgePart
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
 
+log = logging.getLogger(__name__)
+
 PIECE_BYTES = 1 << 20
+MEND = "its operator has to start the cloud again"
 
 
 class PartService:
@@ -58,10 +62,10 @@ class PartService:
         allowance.fetches += 1
         try:
             while offset < part.size:
-                piece = await asyncio.to_thread(_read_piece, part.path, offset)
+                piece = await asyncio.to_thread(_read_piece, part, offset)
                 if not piece:
                     code = grpc.StatusCode.DATA_LOSS
-                    raise Refusal(code, f"{part.name} has become shorter on the cloud's disk")
+                    raise Refusal(code, f"{part.name} has become shorter on the cloud's disk; {MEND}")
                 offset += len(piece)
                 await self._write(pb.FetchEdgePartsResponse(data=piece).SerializeToString(), context)
         except Refusal as refusal:
@@ -98,8 +102,19 @@ class PartService:
             raise asyncio.CancelledError from None
 
 
-def _read_piece(path: Path | None, offset: int) -> bytes:
-    assert path is not None, "a part that is served lies in a file"
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(PIECE_BYTES)
+def _read_piece(part: EdgePart, offset: int) -> bytes:
+    assert part.path is not None, "a part that is served lies in a file"
+    try:
+        with part.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(PIECE_BYTES)
+    except OSError as error:
+        log.error("cannot serve a part of the model: %s", in_words(error))
+        if error.errno in TOO_MANY_OPEN:
+            message = "too many files and connections are open on the cloud; try again later"
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=1.0, reason="fetches"
+            ) from None
+        # Where it lies on the cloud is nobody's business.
+        message = f"{part.name} cannot be read on the cloud's disk; {MEND}"
+        raise Refusal(grpc.StatusCode.DATA_LOSS, message) from None

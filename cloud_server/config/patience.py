@@ -1,8 +1,13 @@
 """Settings of how long edges are waited for, and of what they are told when this server does so no more."""
 
-from pydantic import BaseModel, Field
+import re
+
+from pydantic import BaseModel, Field, field_validator
 
 from cloud_server.config.bounds import MOST_S
+
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})")  # what an edge may follow
+MOST_PORT = 65535
 
 
 class PatienceSettings(BaseModel):
@@ -47,7 +52,15 @@ class PatienceSettings(BaseModel):
     )
     successor: str | None = Field(
         default=None,
-        pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]{1,253}):\d{1,5}$",
         description="Where edges are told to go when this server stops (HOST:PORT); they decide themselves "
         "if absent",
     )
+
+    @field_validator("successor")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        """Refuse now what every edge would refuse when this server stops."""
+        match = None if address is None else ADDRESS.fullmatch(address)
+        if address is not None and (match is None or not 0 < int(match[2]) <= MOST_PORT):
+            raise ValueError(f"must be HOST:PORT with a port of 1 to {MOST_PORT}, not {address!r}")
+        return address

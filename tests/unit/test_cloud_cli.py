@@ -68,6 +68,15 @@ def test_a_port_that_is_none_is_refused_and_not_taken_modulo_65536(setting, addr
     assert told.exit_code == 2 and f"setting {setting}: " in told.stderr and "HOST:PORT" in told.stderr
 
 
+@pytest.mark.parametrize(
+    "address", ["b.example:0", "b.example:65536", "b.example", "https://b.example:1", ""]
+)
+def test_a_successor_that_no_edge_could_follow_is_refused_at_the_start(address):
+    told = CliRunner().invoke(cli.app, ["serve", "--successor", address, "--model", NOWHERE])
+    assert told.exit_code == 2 and "setting successor: must be HOST:PORT with a port of 1 to" in told.stderr
+    assert CloudConfig(successor="b.example:50051").successor and CloudConfig(successor="[::1]:1").successor
+
+
 def test_who_was_cut_off_is_told_by_the_status_alone(monkeypatch):
     def stopped_at_once(settings: CloudConfig) -> None:
         raise cli.typer.Exit(1)

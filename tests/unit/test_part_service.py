@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -79,6 +80,38 @@ def test_a_part_arrives_whole_and_from_anywhere(tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path, raw: bytes, words: str) -> None:
     async def act(service: PartService, fetch: Any) -> None:
         assert await ended(fetch(raw)) == (Code.INVALID_ARGUMENT, words)
+
+    run(tmp_path, act)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            FileNotFoundError(errno.ENOENT, "No such file"),
+            Code.DATA_LOSS,
+            "cannot be read on the cloud's disk",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), Code.RESOURCE_EXHAUSTED, "too many files"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_in_words(
+    tmp_path: Path, error: OSError, code: Code, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No fault of the server, and no path of its disk is told."""
+    path = tmp_path / "edge.safetensors"
+    error.filename = str(path)
+
+    async def act(service: PartService, fetch: Any) -> None:
+        def fail(*_: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", fail)
+            found, message = await ended(fetch(asking()))
+        assert found is code and words in message and str(tmp_path) not in message
+        assert service.under_way == 0
+        assert len(await read(fetch(asking()))) == SIZE
 
     run(tmp_path, act)
 
