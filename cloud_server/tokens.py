@@ -190,6 +190,8 @@ def _read_or_new(path: Path) -> _Document:
 
 def _read(path: Path) -> tuple[_Document, os.stat_result]:
     try:
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise TokenFileError(f"{path} is no file but a pipe or device; a token file has to be a file")
         with path.open("rb") as file:
             status = os.fstat(file.fileno())  # of what is read, whatever takes its place meanwhile
             raw = file.read(MAX_FILE_BYTES + 1)

@@ -193,3 +193,15 @@ def test_there_is_no_token_file_by_default(tmp_path):
     assert run("list").exit_code == 2
     missing = run("list", "--tokens", str(tmp_path / "none"))
     assert missing.exit_code == 1 and "token add" in missing.stderr
+
+
+def test_a_pipe_in_the_token_files_place_stops_nobody(tmp_path):
+    """To open one would wait for somebody to write into it, with everybody who is served."""
+    file = tmp_path / "tokens.json"
+    token = tokens.add(file, "me")
+    book = tokens.TokenBook(file)
+    file.unlink()
+    os.mkfifo(file)
+    assert book.identity(token) is not None  # what was known before stays valid
+    with pytest.raises(tokens.TokenFileError, match="is no file but a pipe or device"):
+        tokens.TokenBook(file)
