@@ -87,10 +87,19 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> Path:
                 draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
                 try:
                     fill(draft)
+                    _sync(draft)
                     draft.rename(target)
                 finally:
                     shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _sync(folder: Path) -> None:
+    """Have the system write a folder's files: a power failure must not leave its name with empty ones."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager

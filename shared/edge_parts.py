@@ -10,17 +10,20 @@ is the other side's first look at a manifest from a cloud it does not trust.
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.cache import cache_folder, file_sha256, make_folder, progress_bar, slug
+from shared.cache import cache_folder, file_sha256, locked, make_folder, progress_bar, slug
 from shared.checkpoint import EDGE_FILES, MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, Checkpoint, ModelError
 from shared.merkle import tensor_digests
 from shared.plan import Plan
 from shared.tensor_file import Header, TensorFileError, TensorInfo, copy_tensors, pieces, read_header
+
+log = logging.getLogger(__name__)
 
 TENSORS_FILE = "edge.safetensors"
 # Embeddings and head of the largest public vocabulary (262k x 8192), float32: 17 GB.
@@ -233,7 +236,27 @@ def _written(
         ):
             copy_tensors(file, tensors, advance)
 
-    return make_folder(cache_folder(cache_dir) / "served" / f"{slug(checkpoint.id)}-{key}", fill)
+    target = cache_folder(cache_dir) / "served" / f"{slug(checkpoint.id)}-{key}"
+    folder = make_folder(target, fill)
+    if not _holds(folder, name, content, beside, cache_dir):
+        log.warning("%s is damaged, and is made again", folder)
+        with locked(target):  # who waited here finds it made anew
+            if not _holds(folder, name, content, beside, cache_dir):
+                shutil.rmtree(folder, ignore_errors=True)
+        make_folder(target, fill)
+    return folder
+
+
+def _holds(
+    folder: Path, name: str, content: Mapping[str, str], beside: Mapping[str, str], cache_dir: Path | None
+) -> bool:
+    """Whether a folder holds what it is named by: every edge would trust what lies there now."""
+    try:
+        tensors = tensor_digests(read_header(folder / name).tensors, cache_dir)
+        files = {other: hashlib.sha256((folder / other).read_bytes()).hexdigest() for other in beside}
+    except (TensorFileError, OSError):
+        return False
+    return {tensor: digest.hex() for tensor, digest in tensors.items()} == content and files == dict(beside)
 
 
 def _same(one: TensorInfo, other: TensorInfo) -> bool:
