@@ -17,6 +17,7 @@ from cloud_server.addresses import cannot_listen, check_addresses
 from cloud_server.backbone import Backbone
 from cloud_server.config.cloud import CloudConfig
 from cloud_server.config.plans import PlanConfig
+from cloud_server.descriptors import make_room
 from cloud_server.drain import FAREWELL_S
 from cloud_server.engine import Engine
 from cloud_server.exposure import check_exposure
@@ -272,6 +273,7 @@ async def _serve(
     tls: TlsFiles | None,
     on_ready: Callable[[str, Service], None],
 ) -> bool:
+    make_room(config.max_connections)
     guard, metrics = service.guard, open_metrics(config.metrics, service)
     options = (*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections))
     server = grpc.aio.server(options=options, interceptors=(guard,))
