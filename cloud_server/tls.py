@@ -18,6 +18,10 @@ class TlsError(ValueError):
     """Certificate files that cannot be used; the message says which and why."""
 
 
+class NotYetError(TlsError):
+    """A certificate that will be good, and is not now."""
+
+
 class TlsFiles:
     """What the server shows and asks for in TLS handshakes, as the files are now.
 
@@ -40,6 +44,7 @@ class TlsFiles:
         self._paths = [path for path in (cert, key, client_ca) if path is not None]
         self.asks_for_certificates = client_ca is not None
         self._tried, self._current = self._state(), self._read()
+        self._waits: tuple[tuple[int, ...] | None, ...] | None = None  # the files that are not good yet
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials that follow the files.
@@ -58,12 +63,18 @@ class TlsFiles:
         state = self._state()
         if state == self._tried:
             return None
-        self._tried = state
         try:
-            self._current = self._read()
+            current = self._read()
+        except NotYetError as error:  # looked at in each handshake: it becomes good without a change
+            if state != self._waits:
+                log.error("keeping the old TLS certificate for now: %s", error)
+            self._waits = state
+            return None
         except TlsError as error:  # such as a certificate without its key yet: the next change is tried again
+            self._tried = state
             log.error("keeping the old TLS certificate: %s", error)
             return None
+        self._tried, self._current = state, current
         log.info("read the TLS files again")
         return self._current
 
@@ -89,12 +100,19 @@ def _check_pair(chain: bytes, cert: Path, secret: bytes, key: Path) -> None:
     except (ValueError, TypeError, UnsupportedAlgorithm):  # the second if it is encrypted
         raise TlsError(f"{key} holds no private key in PEM, or an encrypted one") from None
     try:  # a certificate is looked into only when it is asked
-        theirs, until = first.public_key(), first.not_valid_after_utc
+        theirs, since = first.public_key(), first.not_valid_before_utc
+        until = first.not_valid_after_utc
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise TlsError(f"the certificate in {cert} is damaged") from None
     if own != theirs:
         raise TlsError(f"the key in {key} is not that of the certificate in {cert}")
-    if until < datetime.now(timezone.utc):
+    now = datetime.now(timezone.utc)
+    if since > now:
+        raise NotYetError(
+            f"the certificate in {cert} is valid from {since:%Y-%m-%d %H:%M} UTC only, and it is "
+            f"{now:%Y-%m-%d %H:%M} UTC here: wait, take another, or set this machine's clock"
+        )
+    if until < now:
         raise TlsError(f"the certificate in {cert} expired on {until:%Y-%m-%d %H:%M} UTC")
     if key.stat().st_mode & stat.S_IROTH:
         log.warning("everybody on this machine may read the private key: chmod 600 %s", key)

@@ -2,11 +2,13 @@
 
 import ipaddress
 import stat
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from typer.testing import CliRunner
@@ -137,3 +139,35 @@ def test_new_files_are_taken_and_unusable_ones_not(tmp_path: Path, caplog: pytes
     assert files._news() is not None and files._news() is None
     make(tmp_path, ["localhost"], [], 30)
     assert files._news() is not None
+
+
+def valid_from(folder: Path, since: datetime) -> bytes:
+    """Return the server's certificate as its CA would have signed it for a day from then on."""
+    old, ca = load(folder / "server.pem"), load(folder / "ca.pem")
+    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    anew = x509.CertificateBuilder(ca.subject, old.subject, old.public_key(), x509.random_serial_number())
+    anew = anew.not_valid_before(since).not_valid_after(since + timedelta(days=1))
+    return anew.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def test_a_certificate_of_tomorrow_is_taken_tomorrow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until then every edge would refuse it: the old one is shown."""
+    _, server, _ = make(tmp_path, ["localhost"], [], 1)
+    files, tomorrow = TlsFiles(server.cert, server.key, None), datetime.now(timezone.utc) + timedelta(days=1)
+    server.cert.write_bytes(valid_from(tmp_path, tomorrow))
+    for _ in range(2):  # handshakes
+        assert files._news() is None
+    assert caplog.text.count("keeping the old TLS certificate") == 1 and "is valid from" in caplog.text
+    with pytest.raises(TlsError, match="set this machine's clock"):
+        TlsFiles(server.cert, server.key, None)
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Tomorrow":
+            return cls.fromtimestamp((tomorrow + timedelta(hours=1)).timestamp(), tz)
+
+    monkeypatch.setattr("cloud_server.tls.datetime", Tomorrow)
+    assert files._news() is not None and files._news() is None  # without a change of the files, and once
