@@ -199,12 +199,12 @@ class Session:
 
     def abandon(self) -> None:
         """Break the stream off without waiting for anybody; the cloud may still hold the session."""
-        if not self._loop.is_closed():
+        if self._loop.is_running():
             self._loop.call_soon_threadsafe(self._call.cancel)
 
     def close(self) -> None:
         """End the session in order: its KV cache is freed at once."""
-        if not self._loop.is_closed():
+        if self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(self._step_timeout_s)
 
     # --- on the connection's thread from here on --------------------------------------------------------

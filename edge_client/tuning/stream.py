@@ -158,7 +158,7 @@ class TuneStream:
 
     def close(self) -> None:
         """End the stream in order."""
-        if not self._loop.is_closed():
+        if self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(self._timeout_s)
 
     # --- on the connection's thread from here on --------------------------------------------------------
