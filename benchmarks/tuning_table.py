@@ -179,26 +179,33 @@ def _sweeps(record: Record) -> list[str]:
 
 
 def plot(record: Record, path: Path) -> None:
-    """Draw held-out likelihood against bytes on the wire, a panel for each round of the sweep."""
+    """Draw held-out likelihood and its standard error against bytes on the wire, each round a panel."""
     import matplotlib  # an extra: only this function needs it
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     runs = [r for r in record if r.spec.stage == "sweep" and r.wire is not None and r.score < 100]
     rounds = sorted({(r.spec.task, r.spec.steps) for r in runs})
     if not rounds:
         raise SystemExit("the record holds no sweep yet")
     figure, axes = plt.subplots(1, len(rounds), figsize=(4 * len(rounds), 4), squeeze=False, sharex=True)
+    sizes = set[float]()
     colours = {"gaussian": "tab:blue", "orthonormal": "tab:orange", "svd": "tab:green"}
     for axis, (task, steps) in zip(axes[0], rounds, strict=True):
         for run in (r for r in runs if (r.spec.task, r.spec.steps) == (task, steps)):
             assert run.wire is not None
-            axis.plot(
-                run.wire * BYTES_PER_VALUE / 1024, run.score, "o" if run.spec.layout == "fused" else "^",
-                color=colours.get(run.spec.initialiser, "black"), alpha=0.7,
+            size = run.wire * BYTES_PER_VALUE / 1024
+            sizes.add(size)
+            axis.errorbar(
+                size, run.score, run.validation.nats_error, alpha=0.7, elinewidth=0.5,
+                fmt="o" if run.spec.layout == "fused" else "^",
+                color=colours.get(run.spec.initialiser, "black"),
             )  # fmt: skip
         axis.set(xscale="log", xlabel="KiB per token on the wire (16 bit)", title=f"{task}, {steps} steps")
+    axes[0][0].xaxis.set_minor_locator(ticker.NullLocator())  # of all: the axis is shared
+    axes[0][0].set_xticks(sorted(sizes), [f"{size:.1f}" for size in sorted(sizes)])
     axes[0][0].set_ylabel("held-out nats per answer")
     for name, colour in colours.items():
         axes[0][-1].plot([], [], "s", color=colour, label=name)
