@@ -206,12 +206,12 @@ class TuneBatch:
             out = layer(hidden, qkv, piece.rotary[layer.rotary_key], piece.attention)
             if keep:
                 piece.kept[number] = Kept(self._copied(hidden), z)
-        piece.hidden, piece.qkv, piece.layer = out, None, number + 1
-        if piece.layer < self.stop:
-            piece.stage = self._first(piece.layer)
+        piece.qkv = None
+        if number + 1 < self.stop:
+            piece.hidden, piece.layer, piece.stage = out, number + 1, self._first(number + 1)
             return
-        self._send("hidden", 0, piece, out)
-        piece.hidden, piece.layer = None, number
+        self._send("hidden", 0, piece, out)  # before it moves on: who is behind follows at once
+        piece.hidden = None
         piece.stage = Stage.DONE if self.forward_only else Stage.GRADIENT
 
     def _residual_codes(self, number: int, piece: Piece, *, stays: bool) -> Tensor | None:

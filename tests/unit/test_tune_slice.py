@@ -95,6 +95,36 @@ def test_who_is_behind_does_not_overtake(backbone: Backbone) -> None:
     assert batch.next([second]) is batch.pieces[2] or batch.next([second]) is first
 
 
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_who_is_behind_comes_to_a_tensor_when_who_is_in_front_has_sent_its_rows(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, forward_only: bool
+) -> None:
+    """Whoever looks for work while rows are about to leave must not find what sends those after them."""
+    batch, plan = batch_of(backbone, 2, forward_only=forward_only), backbone.plans["test"]
+    send, sent = TuneBatch._send, 0
+    began: tuple[bool, int, int]  # the unit under way
+
+    def look(self: TuneBatch, name: str, layer: int, piece: Piece, rows: torch.Tensor) -> None:
+        nonlocal sent
+        behind = self.next([piece])
+        assert behind is None or behind.index < piece.index or behind.unit < began, f"{name} may overtake"
+        sent += 1
+        send(self, name, layer, piece, rows)
+
+    monkeypatch.setattr(TuneBatch, "_send", look)
+    for layer in plan.owners:
+        batch.put("residual_codes", layer, 0, torch.zeros(8, plan.residual_width))
+    if not forward_only:
+        batch.put("hidden_gradient", 0, 0, torch.zeros(8, 48))
+        for layer in plan.exchange_layers[1:]:
+            batch.put("codes_gradient", layer, 0, torch.zeros(8, plan.codes_width))
+    messages = 2 * len(batch._left)
+    while (piece := batch.next()) is not None:
+        began = piece.unit
+        batch.run(piece)
+    assert batch.finished and sent == messages
+
+
 def test_a_single_piece_has_all_threads(backbone: Backbone, pool: ThreadPoolExecutor) -> None:
     one = slice_of(batch_of(backbone, 1), pool)
     assert (one.workers, one.threads) == (1, 3)
