@@ -7,7 +7,7 @@ what else goes on. Knows nothing about maths, streams or whose turn it is.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, Future, wait
 
 import torch
 
@@ -65,11 +65,18 @@ class TuneSlice:
 
     def run(self) -> None:
         """Run units; raises what a unit raised, when all that were running have ended."""
-        others = [self._pool.submit(self._work) for _ in range(self.workers - 1)]
+        others: list[Future[None]] = []
         try:
+            for _ in range(self.workers - 1):
+                others.append(self._pool.submit(self._work))
             self._work()
+        except BaseException:
+            self._failed = True
+            raise
         finally:
             wait(others)
+            with self._batch.changed:  # a call for which no thread could be started is made by another one
+                self._batch.changed.wait_for(lambda: not self._running)
             if self.threads != self._all_threads:
                 torch.set_num_threads(self._all_threads)
         for other in others:

@@ -156,6 +156,41 @@ def test_what_a_unit_raises_reaches_who_runs_the_slice(
     assert failed.is_set() and torch.get_num_threads() == 3
 
 
+def test_where_no_thread_can_be_started_nothing_runs_on_behind_the_batch(
+    backbone: Backbone, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the batch frees it then, and gives its memory to the next one."""
+    batch, run, start = batch_of(backbone, 3), TuneBatch.run, threading.Thread.start
+    made = slice_of(batch, pool, is_wanted=lambda: False)
+    began, over = threading.Event(), threading.Event()
+    running: list[Piece] = []
+
+    def held(self: TuneBatch, piece: Piece) -> None:
+        running.append(piece)
+        began.set()
+        while not (made._failed or over.wait(0.001)):
+            pass
+        run(self, piece)
+        running.remove(piece)
+
+    def refuse(self: threading.Thread) -> None:
+        if began.is_set():
+            raise RuntimeError("can't start new thread")
+        start(self)
+        assert began.wait(HANG_S)
+
+    monkeypatch.setattr(TuneBatch, "run", held)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    try:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            made.run()
+        assert not running
+    finally:
+        over.set()
+    pool.submit(int).result()  # the call that waited for a thread has had its turn
+    assert [piece.stage for piece in batch.pieces] == [Stage.STASH, Stage.EMIT, Stage.EMIT]
+
+
 def test_a_slice_ends_with_its_time_or_when_somebody_wants_to_compute(
     backbone: Backbone, pool: ThreadPoolExecutor
 ) -> None:
