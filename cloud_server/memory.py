@@ -1,7 +1,10 @@
-"""Running out of memory: how to know it, what to say at the start, and how much there is."""
+"""Running out of memory: how to know it, what to say at the start, how much there is, and taking less."""
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -9,6 +12,7 @@ import torch
 from shared.complaint import is_want_of_memory
 
 WORDS = ("out of memory",)  # what devices' allocators say besides
+ARENA_MAX = -8  # M_ARENA_MAX of glibc's mallopt
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,3 +58,16 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return min(found, default=None)
+
+
+def share_one_heap() -> None:
+    """Let all threads that start from now on take memory from one heap; nothing where there is no glibc.
+
+    By default it gives each thread a heap, and what one thread has freed no other can have. Tuning runs
+    pieces on as many threads as there are: with eight, a batch took 1.6 times what its formula says. Who sets
+    MALLOC_ARENA_MAX has it as they say.
+    """
+    if not sys.platform.startswith("linux") or "MALLOC_ARENA_MAX" in os.environ:
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(ARENA_MAX, 1)

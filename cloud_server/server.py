@@ -26,7 +26,7 @@ from cloud_server.handshake import Offer
 from cloud_server.housekeeping import housekeeping
 from cloud_server.kv_cache import KvCache
 from cloud_server.logs import event, warning
-from cloud_server.memory import available_bytes, needing_memory
+from cloud_server.memory import available_bytes, needing_memory, share_one_heap
 from cloud_server.metrics import DRAINS, open_metrics
 from cloud_server.parallel_children import check_parallel, place_of, set_threads
 from cloud_server.parallel_start import lead
@@ -259,6 +259,7 @@ async def serve(config: CloudConfig, on_ready: Callable[[str, Service], None]) -
     check_exposure(config)
     check_parallel(config)
     check_place(config)
+    share_one_heap()
     tls, guard = security_of(config)
     service = build_service(config, guard, progress=config.log_format == "text")
     try:
