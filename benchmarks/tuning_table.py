@@ -195,7 +195,7 @@ def plot(record: Record, path: Path) -> None:
     colours = {"gaussian": "tab:blue", "orthonormal": "tab:orange", "svd": "tab:green"}
     for axis, (task, steps) in zip(axes[0], rounds, strict=True):
         for run in (r for r in runs if (r.spec.task, r.spec.steps) == (task, steps)):
-            assert run.wire is not None
+            assert run.wire is not None and run.validation is not None
             size = run.wire * BYTES_PER_VALUE / 1024
             sizes.add(size)
             axis.errorbar(

@@ -6,7 +6,7 @@ from cloud_server.packed import block_positions
 from shared.families import Geometry
 from shared.plan import Plan
 
-HOLES = 1.1  # what the process takes for each byte that is asked for
+HOLES = 1.06  # what the process takes for each byte that is asked for
 WIDE_BYTES = 4  # norms and softmax compute in float32 at least
 
 
@@ -27,7 +27,7 @@ def tuning_bytes(
     MLP and ``n`` the layers from the lowest adapted one up (below it nothing has anything to learn), or all
     if the edge learns in layers below the cloud's::
 
-        1.1 * (tokens * (n * kept + passing) + pieces * working)
+        1.06 * (tokens * (n * kept + passing) + pieces * working)
 
     *kept*, per token and layer, until the batch is done:
         its input ``d`` and, with checkpointing, residual codes ``groups * r_d2c`` (once, where layers
@@ -44,9 +44,10 @@ def tuning_bytes(
     *working*, per token of as many of the largest pieces as run side by side:
         gradients inside one layer, ``6 w + 2 d + 2 qkv``, and all that it computes, as under *kept*
         without checkpointing: before it is copied to where it is kept, or when it is run again.
-    *1.1*:
+    *1.06*:
         holes that short-lived tensors leave in the allocator's heap, messages on their way and what the
-        first batch wakes; a server's peak rose by 1.09 to 1.13 of the rest (`benchmarks.tune_memory`).
+        first batch wakes; a server's peak rose by 1.05 to 1.07 of the rest, with checkpointing by 0.98 to
+        1.01 (`benchmarks.tune_memory`).
 
     It holds for layers that run lean (`cloud_server.lean`); Hugging Face's own code keeps more.
 
