@@ -221,6 +221,7 @@ class Connection:
                 session.route = route
                 found = await session.open(request)
                 self._adopt(session, route)
+                await self._routes.tidy()  # the lost stream was the last on its channel, maybe
                 return found
 
         return self._wait(again(), self.timeouts.connect_s + self.timeouts.step_s)

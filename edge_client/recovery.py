@@ -18,7 +18,7 @@ from edge_client.backoff import Backoff, may_pass
 from edge_client.config import DEFAULT_RECOVER_S
 from edge_client.replicas import Replicas
 from edge_client.session import Resumed
-from edge_client.streams import SessionError
+from edge_client.streams import SessionError, forget_frames
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +86,18 @@ class Attempts:
     def next_wait_s(self, error: ConnectionError) -> float:
         """Return how long to wait before the next attempt (seconds), and see to where that will be.
 
+        Then the error is dealt with: it keeps nothing alive any more.
+
         Raises
         ------
         ConnectionError
             If it will not pass, or was tried for long enough.
         """
+        seconds = self._wait_s(error)
+        forget_frames(error)
+        return seconds
+
+    def _wait_s(self, error: ConnectionError) -> float:
         replicas = None if self._place is None else self._place.replicas
         if not may_pass(error):
             if replicas is None or not isinstance(error, SessionError) or error.code not in THERE_ONLY:
@@ -200,6 +207,7 @@ class Recovery:
         except SessionError as error:
             if resumed is None or error.code not in GONE:
                 raise
+            forget_frames(error)
             gone.add(resumed)  # it does not hold what it should
         return work()
 
@@ -215,6 +223,7 @@ class Recovery:
         except SessionError as error:
             if error.code not in GONE:
                 raise
+            forget_frames(error)
             gone.add(held)
             return None
         return held

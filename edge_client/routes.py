@@ -48,7 +48,7 @@ class Routes:
 
     async def to(self, address: str) -> Route:
         """Return the channel in use for an address."""
-        await self._tidy()
+        await self.tidy()
         route = self._open.get(address)
         if route is None:
             options: list[tuple[str, int | str]] = list(CHANNEL_OPTIONS)
@@ -83,7 +83,7 @@ class Routes:
         if self._open.get(route.address) is route:
             del self._open[route.address]
             self._aside.append(route)
-        await self._tidy()
+        await self.tidy()
 
     async def close(self) -> None:
         """Close every channel."""
@@ -92,7 +92,8 @@ class Routes:
         self._open.clear()
         self._aside.clear()
 
-    async def _tidy(self) -> None:
+    async def tidy(self) -> None:
+        """Close what is set aside and has no stream any more."""
         while (ended := next((route for route in self._aside if route.streams <= 0), None)) is not None:
             self._aside.remove(ended)  # before the wait, in which somebody else may tidy too
             await ended.channel.close()

@@ -45,6 +45,21 @@ class SessionError(ConnectionError):
             self.address, self.route = getattr(stream, "address", None), getattr(stream, "route", None)
 
 
+def forget_frames(error: BaseException) -> None:
+    """Let go of what an error that nobody will raise again keeps alive: the frames it came through.
+
+    They hold the step's tensors, the session and its channel, and those hold the error. Of such a ring
+    Python's collector lets go in its own time, which in a process of this size is minutes.
+    """
+    left, seen = [error], set[int]()
+    while left:
+        one = left.pop()
+        seen.add(id(one))
+        one.__traceback__ = None
+        behind = (one.__cause__, one.__context__)
+        left += [error for error in behind if error is not None and id(error) not in seen]
+
+
 @dataclass
 class Traffic:
     """What crossed the wire: protobuf messages plus gRPC's framing."""

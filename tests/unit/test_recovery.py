@@ -1,9 +1,12 @@
 """A cloud that is lost in the middle of an answer: resumed or replayed, the answer is the undisturbed one."""
 
+import gc
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -14,6 +17,7 @@ from edge_client.connection import Connection
 from edge_client.drafting import Drafter
 from edge_client.model import PrivateLoraForCausalLM
 from edge_client.personal import PersonalWeights
+from edge_client.routes import Route
 from edge_client.session import Session
 from edge_client.spans import Span
 from edge_client.streams import SessionError
@@ -111,6 +115,35 @@ def test_an_answer_goes_on_where_it_was(fleet, at_hand, how, plan, way):
         assert one.opened == streams + 1 and len(one.service.sessions) == 1, "resumed, not replayed"
     else:
         assert one.opened == streams + 1
+
+
+@pytest.mark.parametrize("how", ["cut", "restart"])
+def test_what_was_lost_is_let_go_of_at_once(fleet, at_hand, how):
+    """Not when Python's collector happens to look, which knows nothing of the size of what a ring holds."""
+    one = fleet.replica()
+    model = at_hand(one, say=lambda line: None)
+    run(model, **WAYS["greedy"])
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for _ in range(4):
+            one.break_streams() if how == "cut" else one.restart()
+            run(model, **WAYS["greedy"])
+        found = alive()
+    finally:
+        gc.enable()
+    assert found == before
+
+
+def alive() -> dict[str, int]:
+    """Count what a recovery makes anew, and the frames of the edge that an error remembers."""
+    kinds = Counter(type(one) for one in gc.get_objects() if not is_of_the_cloud(one))
+    return {kind.__name__: kinds[kind] for kind in (Route, Session, SessionError, TracebackType)}
+
+
+def is_of_the_cloud(one: object) -> bool:
+    return isinstance(one, TracebackType) and "edge_client" not in one.tb_frame.f_code.co_filename
 
 
 @pytest.mark.parametrize("way", ["greedy", "beams"])
