@@ -15,7 +15,7 @@ from benchmarks.fuzz_makers import Make, gguf, json_file, pem, safetensors, toml
 from cloud_server import dev_certs, tokens
 from cloud_server.config import reading
 from cloud_server.config.cloud import CloudConfig
-from cloud_server.tls import TlsError, TlsFiles
+from cloud_server.tls import NotYetError, TlsError, TlsFiles
 from edge_client import config as edge_config
 from edge_client.credentials import Credentials
 from edge_client.tuning.checkpoint import CheckpointError, Identity, State, load_checkpoint, save_checkpoint
@@ -143,7 +143,7 @@ def kinds(folder: Path, model: Path) -> dict[str, Kind]:
         "server-cert": Kind(
             pem(certificates["server.pem"]),
             lambda path: TlsFiles(path, certs / "server.key", certs / "ca.pem"),
-            (TlsError,),
+            (TlsError, NotYetError),
         ),
         "server-key": Kind(
             pem(certificates["server.key"]),

@@ -168,13 +168,19 @@ def load_tokenizer(folder: Path, vocab_size: int, max_tokens: int) -> EdgeTokeni
     if isinstance(template, str):
         _try_template(template)
         chosen["chat_template"] = template
+    backend = _backend(folder / "tokenizer.json")
+    _check_ids(backend, vocab_size)  # before transformers copies it, which counts up to the highest id
     tokenizer = EdgeTokenizer(  # type: ignore[no-untyped-call]
-        tokenizer_object=_backend(folder / "tokenizer.json"), model_max_length=max_tokens, **chosen
+        tokenizer_object=backend, model_max_length=max_tokens, **chosen
     )
+    _check_ids(tokenizer, vocab_size)  # with the special tokens
+    return tokenizer
+
+
+def _check_ids(tokenizer: Tokenizer | EdgeTokenizer, vocab_size: int) -> None:
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= highest < vocab_size:
         raise TokenizerError(f"the tokenizer has token id {highest}, the embedding only {vocab_size} rows")
-    return tokenizer
 
 
 def _try_template(source: str) -> None:

@@ -340,6 +340,17 @@ def test_ids_beyond_the_embedding_are_refused(tokenizer_folder):
         load_tokenizer(tokenizer_folder, 100, 64)
 
 
+def test_a_huge_id_is_refused_before_the_tokenizer_is_built(tokenizer_folder, monkeypatch):
+    """To copy one counts up to its highest id: half a minute at 2**31, found by fuzzing."""
+    raw = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]
+    vocab[max(vocab, key=vocab.__getitem__)] = 2**31
+    edit(tokenizer_folder / "tokenizer.json", model=raw["model"])
+    monkeypatch.setattr("edge_client.tokenizer.EdgeTokenizer", lambda **_: pytest.fail("it was built"))
+    with pytest.raises(TokenizerError, match="token id 2147483648"):
+        load_tokenizer(tokenizer_folder, families.VOCAB, 64)
+
+
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
 def test_hostile_template_is_refused_on_loading(tokenizer_folder, where):
     source = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
