@@ -133,16 +133,19 @@ link: $(DEV_STAMP)  ## check the emulated networks that speed is measured over (
 
 SWEEP := rtt0 rtt10 rtt20 rtt40 rtt80 rtt160 rtt200
 
+# What the README recommends for a slow network.
+COARSE := --wire-dtype int8 --residual-codes-wire-dtype int4
+
 over-link: $(DEV_STAMP) $(MODEL_STAMP)  ## decode mixed prompts over emulated links, each speed against its bound (an hour; goes on)
-	$(PY) -m benchmarks.decode_over_link run
-	$(PY) -m benchmarks.decode_over_link run --label repetition --kind-of-text repetition --slow --no-plain
+	$(PY) -m benchmarks.decode_over_link run $(COARSE)
+	$(PY) -m benchmarks.decode_over_link run --label repetition --kind-of-text repetition --slow --no-plain $(COARSE)
 
 first-token: $(DEV_STAMP) $(MODEL_STAMP)  ## time to the first token of 512 over emulated links, with and without pipelining
-	$(PY) -m benchmarks.first_token run
+	$(PY) -m benchmarks.first_token run $(COARSE)
 
 link-plots: $(BENCH_STAMP) $(DEV_STAMP) $(MODEL_STAMP)  ## measure speed by round-trip time, and draw it, and quality by bytes per token
 	$(PY) -m benchmarks.decode_over_link run --label sweep --presets $(SWEEP) --prompts 4 --tokens 24 \
-	  --slow-prompts 1 --slow-tokens 4 --no-replay
+	  --slow one-trip resident grouped subset fused per-layer --slow-prompts 1 --slow-tokens 4 --no-replay $(COARSE)
 	$(PY) -m benchmarks.network_plots speed
 	$(PY) -m benchmarks.network_plots quality
 

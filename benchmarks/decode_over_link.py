@@ -7,9 +7,10 @@
 For each link one cloud runs on its side, and for each plan two edges, which answer all prompts one after
 another: one at the far end, and one beside the cloud with no link in between, which takes the steps of each
 answer again at once (`benchmarks.replay`): so the speed and what it is held against are measured a moment
-apart. Plans named by ``--fast`` answer all prompts with guesses and without, in turn; those of ``--slow``
-fewer prompts and tokens, without guesses. The whole model in one process is ``plain``. Every answer is a
-line of the record as soon as it is there; what is in it under the same label is not run again.
+apart. Plans named by ``--fast`` answer all prompts with guesses and without, in turn, so many ``--rounds``
+(the first one is taken again, all of them say what guesses cost); those of ``--slow`` fewer prompts and
+tokens, without guesses. The whole model in one process is ``plain``. Every answer is a line of the record as
+soon as it is there; what is in it under the same label is not run again.
 `benchmarks.decode_record` says what is computed. The summary comes as one JSON line last.
 """
 
@@ -68,17 +69,18 @@ class Course:
         self.prompts = prompts_of(options.model, options.kind_of_text)
         self.done = {row.key for row in decode_record.read(options.record, Answered)}
 
-    def wanted(self, preset_name: str, plan: str) -> list[tuple[int, str, list[int], int, bool]]:
-        """Return what is missing: (number, kind, ids, longest answer, whether to draft)."""
+    def wanted(self, preset_name: str, plan: str) -> list[tuple[int, int, str, list[int], int, bool]]:
+        """Return what is missing: (round, number, kind, ids, longest answer, whether to draft)."""
         options, fast = self.options, plan in self.options.fast
         few = not fast and plan != PLAIN
         count, limit = (
             (options.slow_prompts, options.slow_tokens) if few else (options.prompts, options.tokens)
         )
         found = []
-        for turn, (number, kind, ids) in enumerate(self.prompts[:count]):
+        taken = [(r, *one) for r in range(options.rounds if fast else 1) for one in self.prompts[:count]]
+        for turn, (again, number, kind, ids) in enumerate(taken):
             ways = ([True, False] if options.draft_tokens else [False]) if fast else [False]
-            for drafted in ways if turn % 2 else ways[::-1]:  # neither way always runs first
+            for drafted in ways if (turn + again) % 2 else ways[::-1]:  # neither way always runs first
                 key = (
                     options.label,
                     preset_name,
@@ -88,9 +90,10 @@ class Course:
                     limit,
                     options.dtype,
                     self.wire(plan),
+                    again,
                 )
                 if key not in self.done:
-                    found.append((number, kind, ids, limit, drafted))
+                    found.append((again, number, kind, ids, limit, drafted))
         return found
 
     def wire(self, plan: str) -> str:
@@ -102,17 +105,21 @@ class Course:
         options, wanted = self.options, self.wanted(preset_name, plan)
         layers = int(over.ask("about")["layers"])
         for drafted in sorted({item[-1] for item in wanted}):
-            warm_up = {"ids": wanted[0][2], "tokens": WARM_UP_TOKENS}
+            warm_up = {"ids": wanted[0][3], "tokens": WARM_UP_TOKENS}
             for driver in (over, beside):
                 if driver is not None:
                     driver.ask("answer", **warm_up, draft_tokens=options.draft_tokens if drafted else 0)
-        for number, kind, ids, limit, drafted in wanted:
+        for again, number, kind, ids, limit, drafted in wanted:
             asked = {"ids": ids, "draft_tokens": options.draft_tokens if drafted else 0}
             answer = over.ask("answer", tokens=limit, **asked)
-            replayed = beside.ask("answer", tokens=limit, again=answer, **asked) if beside else None
+            replays = beside is not None and not again  # the first round is enough for the bound
+            replayed = (
+                beside.ask("answer", tokens=limit, again=answer, **asked) if beside and replays else None
+            )
             row = row_of(answer, replayed, preset=preset_name, rtt_ms=rtt_ms, plan=plan, layers=layers,
                          drafted=drafted, prompt=number, kind=kind, limit=limit, label=options.label,
-                         dtype=options.dtype, wire=self.wire(plan), threads=options.threads)  # fmt: skip
+                         dtype=options.dtype, wire=self.wire(plan), threads=options.threads,
+                         round=again)  # fmt: skip
             decode_record.append(options.record, row)
             self.done.add(row.key)
             if row.tokens:
@@ -195,13 +202,20 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("command", choices=("run", "table"))
     add_edge_options(parser)
     parser.add_argument("--presets", nargs="*", default=["5g", "wan", "loopback"], help="or rttN (ms)")
-    parser.add_argument("--fast", nargs="*", default=["one-trip"], help="plans for all prompts, both ways")
+    fast = ["one-trip-lean"]
+    parser.add_argument("--fast", nargs="*", default=fast, help="plans for all prompts, both ways")
     parser.add_argument("--slow", nargs="*", default=["grouped", "per-layer"], help="plans for fewer prompts")
     parser.add_argument("--no-plain", dest="plain", action="store_false", help="without the whole model")
     parser.add_argument("--no-replay", dest="replay", action="store_false", help="without the bound")
     parser.add_argument("--prompts", type=int, default=20, help="how many, kinds taking turns")
     parser.add_argument("--kind-of-text", help="prompts of one kind alone; repetition is not among the mixed")
     parser.add_argument("--tokens", type=int, default=128, help="longest answer (tokens)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="times that fast plans answer each prompt; the first has the bound",
+    )
     parser.add_argument("--slow-prompts", type=int, default=3)
     parser.add_argument("--slow-tokens", type=int, default=8)
     parser.add_argument(

@@ -69,6 +69,7 @@ class Answered(BaseModel):
     first_s: float = Field(description="Time to the first token, in a new session (seconds)")
     steal: float = Field(description="Share of the cores' time that the host took meanwhile")
     loopback_steal: float | None = Field(description="The same while the steps were taken again")
+    round: int = Field(default=0, description="How many times it had been answered so before (count)")
     date: str
 
     @property
@@ -83,6 +84,7 @@ class Answered(BaseModel):
             self.limit,
             self.dtype,
             self.wire,
+            self.round,
         )
 
 
@@ -125,8 +127,8 @@ class Summary:
     """The figures of several answers together, each token weighing the same.
 
     Rates in tokens/s, times in milliseconds, bytes both ways per token. ``bound_tok_s`` and the step's time
-    on loopback are None where steps were not taken again undisturbed; ``against_bound`` is the speed's share
-    of it. These three are of the ``quiet`` answers alone.
+    on loopback are None where no steps were taken again undisturbed; ``against_bound`` is the speed's share
+    of it. These three are of those answers alone; ``quiet`` counts all in which the host let be.
     """
 
     answers: int
@@ -160,13 +162,13 @@ def summary(rows: Sequence[Answered]) -> Summary | None:
     tokens, steps = sum(row.tokens for row in rows), sum(row.steps for row in rows)
     seconds, trips = sum(row.seconds for row in rows), sum(row.round_trips for row in rows)
     quiet = [row for row in rows if max(row.steal, row.loopback_steal or 0.0) <= MOST_STEAL]
-    ideals = [ideal_s(row) for row in quiet]
-    known = [ideal for ideal in ideals if ideal is not None]
+    held = [(row, ideal) for row in quiet if (ideal := ideal_s(row)) is not None]
     bound = against = loopback_ms = None
-    if known and len(known) == len(quiet):
-        bound = sum(row.tokens for row in quiet) / sum(known)
-        against = sum(known) / sum(row.seconds for row in quiet)
-        loopback_ms = 1e3 * sum(row.loopback_s or 0.0 for row in quiet) / sum(row.steps for row in quiet)
+    if held:
+        ideal = sum(ideal for _, ideal in held)
+        bound = sum(row.tokens for row, _ in held) / ideal
+        against = ideal / sum(row.seconds for row, _ in held)
+        loopback_ms = 1e3 * sum(row.loopback_s or 0.0 for row, _ in held) / sum(row.steps for row, _ in held)
     up, down = (sum(getattr(row, way) for row in rows) / tokens for way in ("bytes_up", "bytes_down"))
     return Summary(
         answers=len(rows),
@@ -193,28 +195,33 @@ class Slowdown:
     """How much longer a prompt's token took with guesses than without; below 0 it was faster.
 
     ``measured`` is from both answers' own times. ``at_medians`` gives each step the median time of all steps
-    of its length under that plan and link, so that what the host took from one answer does not count.
+    of its length under that plan and link, so that what the host took from one answer does not count. Both
+    are medians of ``rounds``.
     """
 
     prompt: int
     measured: float
     at_medians: float
+    rounds: int = 1
 
 
 def slowdowns(rows: Sequence[Answered]) -> list[Slowdown]:
     """Return the slowdown of every prompt that was answered both ways, of one plan over one link."""
     rows = [row for row in rows if row.tokens]
     typical = median_times(rows)
-    ways = {drafted: {row.prompt: row for row in rows if row.drafted == drafted} for drafted in (True, False)}
+    pairs: dict[int, dict[int, dict[bool, Answered]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        pairs[row.prompt][row.round][row.drafted] = row
     found = []
-    for prompt, with_guesses in sorted(ways[True].items()):
-        without = ways[False].get(prompt)
-        if without is None:
+    for prompt, rounds in sorted(pairs.items()):
+        both = [(pair[True], pair[False]) for pair in rounds.values() if len(pair) == 2]
+        if not both:
             continue
-        measured = (with_guesses.seconds / with_guesses.tokens) / (without.seconds / without.tokens) - 1
-        expected = sum(one.steps * typical[one.positions] for one in with_guesses.lengths)
-        at_medians = expected / (with_guesses.tokens * typical[1]) - 1
-        found.append(Slowdown(prompt, round(measured, 4), round(at_medians, 4)))
+        measured = [(w.seconds / w.tokens) / (o.seconds / o.tokens) - 1 for w, o in both]
+        expected = [sum(one.steps * typical[one.positions] for one in w.lengths) for w, _ in both]
+        at_medians = [s / (w.tokens * typical[1]) - 1 for s, (w, _) in zip(expected, both, strict=True)]
+        middle = [round(statistics.median(values), 4) for values in (measured, at_medians)]
+        found.append(Slowdown(prompt, middle[0], middle[1], len(both)))
     return found
 
 

@@ -36,6 +36,7 @@ from benchmarks.edge_options import (
 )
 from benchmarks.first_token_record import FirstToken
 from benchmarks.link import Joined, Link, LinkError, end_on_sigterm, say
+from benchmarks.link_check import tcp_s
 from benchmarks.processes import CloudProcess, ProcessError
 
 RECORD = Path(__file__).with_name("first_token_runs.jsonl")
@@ -61,7 +62,13 @@ def ways(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def measure(
-    options: argparse.Namespace, name: str, rtt_ms: float, plan: str, edge: Driver, whole: Driver
+    options: argparse.Namespace,
+    name: str,
+    rtt_ms: float,
+    plan: str,
+    link: Joined,
+    edge: Driver,
+    whole: Driver,
 ) -> list[FirstToken]:
     """Measure one plan over one link, and put it into the record."""
     about, prompts = edge.ask("about"), Prompts(int(whole.ask("about")["vocabulary"]))
@@ -95,13 +102,15 @@ def measure(
                 local_s=round(local["seconds"], 4),
                 steal=found["steal"],
                 local_steal=local["steal"],
+                tcp_s=round(tcp_s(link, found["bytes_up"], found["bytes_down"]), 4),
                 date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             )
             decode_record.append(options.record, row)
             rows.append(row)
             say(
                 f"{name}, {plan}, chunks of {chunk}, {in_flight} under way: {row.seconds:.2f} s, ideal "
-                f"{row.ideal_s:.2f} s, ratio {row.ratio:.2f}, steal {row.steal:.1%} and {row.local_steal:.1%}"
+                f"{row.ideal_s:.2f} s, ratio {row.ratio:.2f}, over plain sockets {row.tcp_s:.2f} s, "
+                f"steal {row.steal:.1%} and {row.local_steal:.1%}"
             )
     return rows
 
@@ -120,7 +129,7 @@ def over_link(options: argparse.Namespace, name: str) -> None:
         ) as cloud:
             for plan in options.plans:
                 with _edge(options, plan, link, cloud) as edge, Driver(whole_words(options)) as alone:
-                    measure(options, name, rtt_ms, plan, edge, alone)
+                    measure(options, name, rtt_ms, plan, link, edge, alone)
 
 
 def _edge(options: argparse.Namespace, plan: str, link: Joined, cloud: CloudProcess) -> Driver:
@@ -129,26 +138,32 @@ def _edge(options: argparse.Namespace, plan: str, link: Joined, cloud: CloudProc
 
 def table(rows: Sequence[FirstToken]) -> list[dict[str, Any]]:
     """Print what a record says; return the same as plain values."""
-    groups: dict[tuple[str, str, str, int, int, int], list[FirstToken]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, str, int, int, int], list[FirstToken]] = defaultdict(list)
     for row in rows:
-        groups[(row.preset, row.plan, row.wire, row.tokens, row.chunk, row.in_flight)].append(row)
+        groups[(row.preset, row.plan, row.dtype, row.wire, row.tokens, row.chunk, row.in_flight)].append(row)
     print(
-        "| link | plan | prompt | chunks | first token, s | ideal, s | local prefill, s | ratio | range "
-        "| aim | counted | bytes up, down |\n|" + "---|" * 12
+        "| link | plan | dtype | prompt | chunks | first token, s | ideal, s | local prefill, s | ratio "
+        "| range | aim | bytes over plain sockets, s | ratio with these | counted | bytes up, down |\n|"
+        + "---|"
+        * 15
     )
     figures = []
-    for (name, plan, wire, tokens, chunk, in_flight), found in groups.items():
+    for (name, plan, dtype, wire, tokens, chunk, in_flight), found in groups.items():
         one = first_token_record.summary(found)
-        facts = {"preset": name, "plan": plan, "wire": wire, "tokens": tokens}
+        facts = {"preset": name, "plan": plan, "dtype": dtype, "wire": wire, "tokens": tokens}
         figures.append({**facts, "chunk": chunk, "in_flight": in_flight, **asdict(one)})
         chunks = f"of {chunk}" if in_flight > 1 else "one after another"
         print(
-            f"| {name} ({found[0].rtt_ms:.1f} ms) | {plan} {wire} | {tokens} | {chunks} | {one.seconds:.2f} "
-            f"| {one.ideal_s:.2f} | {one.local_s:.2f} | {one.ratio:.2f} | {one.lowest:.2f} to "
-            f"{one.highest:.2f} | {one.aim or 'ruled out'} | {one.counted} of {one.tried} "
-            f"| {one.bytes_up}, {one.bytes_down} |"
+            f"| {name} ({found[0].rtt_ms:.1f} ms) | {plan} {wire} | {dtype} | {tokens} | {chunks} "
+            f"| {one.seconds:.2f} | {one.ideal_s:.2f} | {one.local_s:.2f} | {one.ratio:.2f} "
+            f"| {one.lowest:.2f} to {one.highest:.2f} | {one.aim or 'ruled out'} | {_or_not(one.tcp_s)} "
+            f"| {_or_not(one.tcp_ratio)} | {one.counted} of {one.tried} | {one.bytes_up}, {one.bytes_down} |"
         )
     return figures
+
+
+def _or_not(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def parsed() -> argparse.Namespace:
@@ -159,7 +174,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("command", choices=("run", "table"))
     add_edge_options(parser)
     parser.add_argument("--presets", nargs="*", default=["wan", "5g"], help="or rttN (ms)")
-    parser.add_argument("--plans", nargs="*", default=["one-trip", "grouped", "per-layer"])
+    parser.add_argument("--plans", nargs="*", default=["one-trip-lean", "grouped", "per-layer"])
     parser.add_argument("--tokens", type=int, default=512, help="of the prompt")
     parser.add_argument("--chunks", type=int, nargs="*", default=[512, 256, 128, 64], help="sizes to try")
     parser.add_argument("--rounds", type=int, default=5)

@@ -4,6 +4,8 @@
 
 with the prefill of plain Hugging Face code on the same cores, measured right before. A plan whose edge holds
 layers is held to 1.3 times that; others to 1.5 times, where their round trips alone take less than that.
+TCP may ask for more than that ideal knows of, for it opens its window anew after each pause: beside it
+stands that prefill plus what plain sockets took for the same bytes, up and then down, right after.
 Pure: runs nothing.
 """
 
@@ -43,6 +45,7 @@ class FirstToken(BaseModel):
     local_s: float = Field(description="The whole model's prefill in one process, right before (seconds)")
     steal: float = Field(description="Share of the cores' time that the host took meanwhile")
     local_steal: float
+    tcp_s: float | None = Field(default=None, description="The same bytes over plain sockets (seconds)")
     date: str
 
     @property
@@ -57,6 +60,11 @@ class FirstToken(BaseModel):
         return self.seconds / self.ideal_s
 
     @property
+    def tcp_ratio(self) -> float | None:
+        """The time to the first token, in local prefills with TCP's own time for the same bytes before."""
+        return None if self.tcp_s is None else self.seconds / (self.tcp_s + self.local_s)
+
+    @property
     def is_quiet(self) -> bool:
         """Whether the host let both measurements be."""
         return max(self.steal, self.local_steal) <= MOST_STEAL
@@ -66,7 +74,7 @@ class FirstToken(BaseModel):
 class FirstTokens:
     """Several measurements together: medians, and the lowest and highest ratio. Times in seconds.
 
-    ``aim`` is None where the plan's round trips alone rule it out.
+    ``aim`` is None where the plan's round trips alone rule it out; what is of TCP where nobody asked for it.
     """
 
     counted: int
@@ -78,6 +86,8 @@ class FirstTokens:
     lowest: float
     highest: float
     aim: float | None
+    tcp_s: float | None
+    tcp_ratio: float | None
     bytes_up: int
     bytes_down: int
 
@@ -91,6 +101,7 @@ def summary(rows: Sequence[FirstToken]) -> FirstTokens:
     aim: float | None = RESIDENT_AIM if first.resident else EXCHANGING_AIM
     if not first.resident and first.round_trips * first.rtt_ms / 1e3 > EXCHANGING_AIM * ideal:
         aim = None
+    tcp = [(row.tcp_s, row.tcp_ratio) for row in quiet if row.tcp_s is not None and row.tcp_ratio is not None]
     return FirstTokens(
         counted=sum(row.is_quiet for row in rows),
         tried=len(rows),
@@ -101,6 +112,8 @@ def summary(rows: Sequence[FirstToken]) -> FirstTokens:
         lowest=round(ratios[0], 3),
         highest=round(ratios[-1], 3),
         aim=aim,
+        tcp_s=round(statistics.median(seconds for seconds, _ in tcp), 3) if tcp else None,
+        tcp_ratio=round(statistics.median(ratio for _, ratio in tcp), 3) if tcp else None,
         bytes_up=first.bytes_up,
         bytes_down=first.bytes_down,
     )

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.link_preset import Joined, Preset
@@ -21,6 +23,7 @@ WARM_UP_S, WARM_UP_ROUND_TRIPS = (
     0.5,
     20,
 )  # until TCP has found the rate, lost packets on the way and recovered
+PROBE = (sys.executable, "-m", "benchmarks.link_probe")
 PROBE_TIMEOUT_S = 60.0
 CHECKS = 3  # tries before a link is refused: on a shared machine one may be disturbed
 
@@ -30,26 +33,21 @@ def say(text: str) -> None:
     print(f"[link] {text}", file=sys.stderr, flush=True)
 
 
-def measure(joined: Joined, rtt_ms: float) -> dict[str, Any]:
-    """Measure round trips and bulk transfers, and what the emulation costs meanwhile."""
-    probe = [sys.executable, "-m", "benchmarks.link_probe"]
-    common: dict[str, Any] = {"cwd": ROOT, "env": child_environment(), "text": True}
+@contextmanager
+def answering(joined: Joined) -> Iterator[str]:
+    """Answer probes on the cloud's side inside the block; yields where, as the edge's side sees it.
+
+    Raises
+    ------
+    LinkError
+        If it cannot, or a probe failed inside the block.
+    """
     server = subprocess.Popen(
-        [*joined.cloud_prefix, *probe, "serve", joined.cloud_host], stdout=subprocess.PIPE, **common
+        [*joined.cloud_prefix, *PROBE, "serve", joined.cloud_host], stdout=subprocess.PIPE, **_common()
     )
     try:
         assert server.stdout is not None
-        address = joined.address(int(server.stdout.readline()))
-        warm_up = ("--warm-up-s", str(WARM_UP_S + WARM_UP_ROUND_TRIPS * rtt_ms / 1e3))
-        before, taken_s, started = joined.statistics(), stolen_s(), time.perf_counter()
-        done = subprocess.run(
-            [*joined.edge_prefix, *probe, "measure", address, *warm_up],
-            stdout=subprocess.PIPE,
-            timeout=PROBE_TIMEOUT_S,
-            check=True,
-            **common,
-        )
-        wall_s, after = time.perf_counter() - started, joined.statistics()
+        yield joined.address(int(server.stdout.readline()))
     except (ValueError, subprocess.SubprocessError) as error:
         raise LinkError(f"the link could not be measured: {error}") from None
     finally:
@@ -57,12 +55,39 @@ def measure(joined: Joined, rtt_ms: float) -> dict[str, Any]:
         server.wait()
         if server.stdout is not None:
             server.stdout.close()
-    figures: dict[str, Any] = json.loads(done.stdout)
+
+
+def probe(joined: Joined, *words: str) -> Any:
+    """Run a probe on the edge's side and return what it printed."""
+    done = subprocess.run(
+        [*joined.edge_prefix, *PROBE, *words],
+        stdout=subprocess.PIPE, timeout=PROBE_TIMEOUT_S, check=True, **_common(),
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def _common() -> dict[str, Any]:
+    return {"cwd": ROOT, "env": child_environment(), "text": True}
+
+
+def measure(joined: Joined, rtt_ms: float) -> dict[str, Any]:
+    """Measure round trips and bulk transfers, and what the emulation costs meanwhile."""
+    with answering(joined) as address:
+        warm_up = ("--warm-up-s", str(WARM_UP_S + WARM_UP_ROUND_TRIPS * rtt_ms / 1e3))
+        before, taken_s, started = joined.statistics(), stolen_s(), time.perf_counter()
+        figures: dict[str, Any] = probe(joined, "measure", address, *warm_up)
+        wall_s, after = time.perf_counter() - started, joined.statistics()
     # Share of the cores' time that the host took: while it does, even the emulated link stands still.
     figures["steal"] = round((stolen_s() - taken_s) / (wall_s * (os.cpu_count() or 1)), 4)
     if after:
         figures["emulation"] = {**after, "cpu_share": round((after["cpu_s"] - before["cpu_s"]) / wall_s, 3)}
     return figures
+
+
+def tcp_s(joined: Joined, up: int, down: int) -> float:
+    """Return what TCP takes for ``up`` bytes to the cloud and then ``down`` back, after a pause (seconds)."""
+    with answering(joined) as address:
+        return float(probe(joined, "swap", address, "--up", str(up), "--down", str(down))[0])
 
 
 def deviations(figures: dict[str, Any], preset: Preset) -> list[str]:
@@ -103,8 +128,8 @@ def checked(joined: Joined, preset: Preset) -> dict[str, Any]:
             }
     raise LinkError(
         f"the link is not what {preset.name} says: {'; '.join(found)} (tolerated: {TOLERANCE:.0%}, and "
-        f"{RTT_SLACK_MS:g} ms more for round trips; {CHECKS} tries). Is this machine busy, or its host? "
-        f"It took {figures['steal']:.1%} of the cores' time"
+        f"{RTT_SLACK_MS:g} ms more for round trips; {CHECKS} tries). Is this machine busy? "
+        f"Its host took {figures['steal']:.1%} of the cores' time"
     )
 
 

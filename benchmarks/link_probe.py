@@ -2,6 +2,10 @@
 
     python -m benchmarks.link_probe serve HOST             on the cloud's side; prints its port
     python -m benchmarks.link_probe measure HOST:PORT ...  on the edge's side; prints one JSON line
+    python -m benchmarks.link_probe swap HOST:PORT --up 663000 --down 297000
+
+The last one says what TCP alone takes for so many bytes up and, when all are there, so many down, over a
+connection that has carried as many before and then been quiet: what a prompt's messages cost at least.
 
 It is TCP throughout, as what is measured over the link will be, so the same probe fits both kinds of
 link. Imports only the standard library, to start quickly in a namespace.
@@ -47,6 +51,15 @@ def _send_until_closed(connection: socket.socket) -> None:
             connection.sendall(PIECE)
 
 
+def _receive(connection: socket.socket, count: int) -> None:
+    """Receive exactly ``count`` bytes."""
+    buffer = bytearray(min(count, 1 << 18))
+    while count:
+        if not (received := connection.recv_into(buffer, min(count, len(buffer)))):
+            raise ConnectionError("the other side went away")
+        count -= received
+
+
 class _Counter:
     """Bytes received so far, one connection at a time."""
 
@@ -85,6 +98,11 @@ def _answer(connection: socket.socket, uploads: _Counter) -> None:
             uploads.drain(connection)
         elif kind == b"rate":
             connection.sendall(json.dumps(uploads.rate(*map(float, rest))).encode() + b"\n")
+        elif kind == b"swap":
+            up, down = map(int, rest)
+            while True:
+                _receive(connection, up)
+                connection.sendall(bytes(down))
 
 
 def serve(host: str) -> None:
@@ -147,6 +165,19 @@ def round_trips(address: tuple[str, int], count: int) -> list[float]:
     return taken[1:]
 
 
+def swaps(address: tuple[str, int], up: int, down: int, rounds: int, pause_s: float) -> list[float]:
+    """Return the seconds of ``rounds`` swaps of bytes, a pause before each, after one that does not count."""
+    taken = []
+    with _ask(address, f"swap {up} {down}") as connection:
+        for _ in range(rounds + 1):
+            time.sleep(pause_s)
+            started = time.perf_counter()
+            connection.sendall(bytes(up))
+            _receive(connection, down)
+            taken.append(time.perf_counter() - started)
+    return taken[1:]
+
+
 def download(address: tuple[str, int], warm_up_s: float, seconds: float) -> float:
     """Return bytes a second from the cloud's side to here."""
     counter = _Counter()
@@ -176,12 +207,21 @@ def main() -> None:
     measure.add_argument("--echoes", type=int, default=20)
     measure.add_argument("--warm-up-s", type=float, default=1.0)
     measure.add_argument("--seconds", type=float, default=1.5)
+    swap = commands.add_parser("swap")
+    swap.add_argument("address", help="HOST:PORT of the serving side")
+    swap.add_argument("--up", type=int, required=True, help="bytes to the serving side")
+    swap.add_argument("--down", type=int, required=True, help="bytes back")
+    swap.add_argument("--rounds", type=int, default=1)
+    swap.add_argument("--pause-s", type=float, default=1.0)
     options = parser.parse_args()
     if options.command == "serve":
         serve(options.host)
         return
     host, _, port = options.address.rpartition(":")
     address = (host, int(port))
+    if options.command == "swap":
+        print(json.dumps(swaps(address, options.up, options.down, options.rounds, options.pause_s)))
+        return
     echoes = round_trips(address, options.echoes)
     figures = {
         "congestion_control": congestion_control(address),

@@ -18,15 +18,21 @@ from benchmarks.over_link import over
 from benchmarks.processes import CloudProcess, ProcessError, edge_json
 from edge_client.planning.network import LINKS
 from edge_client.planning.predict import Setting, predict
-from shared.plan import Plan
+from shared.plan import SHARING_LAYERS, Plan
 
 AIM = 0.15
 OFFERS: dict[str, dict[str, Any]] = {
     "per-layer": {},
+    "fused": {"layout": "fused"},
     "grouped": {"exchange_layers": [0, 8, 16, 24]},
     "subset": {"layers": [0, 8, 16, 24]},
     "one-trip": {"one_trip": True},
-}
+    "one-trip-shared": {"one_trip": True, "share_residual_codes": SHARING_LAYERS},
+    "one-trip-lean": {
+        "one_trip": True, "edge_tail": False, "layout": "fused", "share_residual_codes": SHARING_LAYERS
+    },
+    "resident": {"head_layers": 2, "tail_layers": 2},
+}  # fmt: skip
 
 
 def calibrate(options: argparse.Namespace) -> tuple[Setting, dict[str, Plan]]:
@@ -36,10 +42,13 @@ def calibrate(options: argparse.Namespace) -> tuple[Setting, dict[str, Plan]]:
         wire = [] if options.wire_dtype is None else ["--wire-dtype", options.wire_dtype]
         found = edge_json("plan", "--cloud", cloud.address, "--link", "loopback", *wire)
         offered = edge_json("info", "--cloud", cloud.address)["plans"]
-    facts = ({k: v for k, v in plan.items() if k != "fingerprint"} for plan in offered)
-    plans = [Plan.model_validate(one) for one in facts]
     say(f"calibrated on loopback: cloud {found['setting']['cloud']}, edge {found['setting']['edge']}")
-    return Setting.model_validate(found["setting"]), {plan.name: plan for plan in plans}
+    return Setting.model_validate(found["setting"]), {plan.name: plan for plan in map(plan_of, offered)}
+
+
+def plan_of(facts: dict[str, Any]) -> Plan:
+    """Return the plan of which ``privatelora-edge info`` prints these facts, among others."""
+    return Plan.model_validate({name: fact for name, fact in facts.items() if name in Plan.model_fields})
 
 
 def compared(predicted: float, measured: float) -> dict[str, float]:
@@ -58,7 +67,7 @@ def main() -> int:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=tuple(PRESETS))
     parser.add_argument("--kind", default="best", choices=("best", "namespaces", "proxy"))
     parser.add_argument(
-        "--offer", action="append", help="a plan to offer, as JSON; four named ones by default"
+        "--offer", action="append", help="a plan to offer, as JSON; the named ones by default"
     )
     parser.add_argument("--prompts", type=int, default=1, help="how many of benchmarks/prompts.py")
     parser.add_argument("--tokens", type=int, default=16, help="longest answer (tokens)")

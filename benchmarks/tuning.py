@@ -24,12 +24,12 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks import tuning_table
 from benchmarks.datasets import MAX_WORDS, TASKS, VALIDATION_ROWS
 from benchmarks.tuning_bench import DTYPES, Bench, OutOfTimeError
-from benchmarks.tuning_runs import Record, Spec, best, mean_of, rungs, survivors, wider
+from benchmarks.tuning_runs import Record, Schedule, Spec, best, mean_of, rungs, survivors, wider
 from shared.models import DEFAULT_MODEL
 from shared.plan import Initialiser, Layout
 
@@ -141,9 +141,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--rank", type=int, default=64, help="rank of the plan")
     own.add_argument("--initialiser", choices=INITIALISERS, default="orthonormal")
     own.add_argument(
-        "--layout", choices=(*LAYOUTS, "one_trip", "one_trip_shared", "lagged"), default="per_projection",
-        help="one_trip: the plan of one round trip a token; one_trip_shared: where layers share an M; "
-        "lagged: an experiment, see shared/lagged.py",
+        "--layout", choices=(*LAYOUTS, *get_args(Schedule)), default="per_projection",
+        help="or a whole plan: fewer layers, fewer exchanges, one round trip a token, the same where layers "
+        "share an M, of LoRA on the edge alone (resident); lagged: an experiment, see shared/lagged.py",
     )  # fmt: skip
     own.add_argument("--lag", type=int, default=1, help="of layout lagged: residuals so many positions late")
     own = commands.add_parser("sweep", parents=[runs], help="ranks x initialisers x layouts")

@@ -20,11 +20,12 @@ from benchmarks.datasets import Row, Task, by_digest, load
 from benchmarks.quality import Scores
 from benchmarks.tuning_learner import Learner, Progress
 from benchmarks.tuning_runs import Found, Record, Run, Spec, mean_of, significant
+from edge_client.planning.candidates import schedules
 from shared import lowrank
 from shared.cache import cache_folder
 from shared.checkpoint import Checkpoint
 from shared.models import resolve
-from shared.plan import SHARING_LAYERS, Plan
+from shared.plan import Plan
 
 LORA_RANK, LORA_ALPHA = 16, 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,8 +39,10 @@ def unit_rate(plan: Plan, matrices: lowrank.LowRank) -> float:
     """Return the learning rate at which a step of AdamW changes W as much as for orthonormal factors.
 
     One step changes each entry of M by about the rate, so W by that times the lengths of A's columns
-    and B's rows; over more ranks the changes add up, hence the root.
+    and B's rows; over more ranks the changes add up, hence the root. 1 without any factors.
     """
+    if not matrices.a:  # the LoRAs of the layers here are all that learns
+        return 1.0
     a = torch.stack([x.square().sum(dim=0).mean() for x in matrices.a.values()]).mean().sqrt()
     width = plan.groups  # rows of B hold one part per group
     b = torch.stack([x.square().sum(dim=1).mean() / width for x in matrices.b.values()]).mean().sqrt()
@@ -59,17 +62,14 @@ def plan_of(spec: Spec, checkpoint: Checkpoint) -> Plan:
     g = checkpoint.geometry
     assert spec.initialiser and spec.layout, f"{spec} needs an initialiser and a layout"
     facts: dict[str, Any] = {
-        "name": f"{spec.layout}-{spec.initialiser}-r{spec.rank}", "backbone": checkpoint.id,
-        "num_layers": g.num_layers, "hidden_size": g.hidden_size, "rank": spec.rank,
-        "initialiser": spec.initialiser,
+        "backbone": checkpoint.id, "num_layers": g.num_layers, "hidden_size": g.hidden_size,
+        "rank": spec.rank, "initialiser": spec.initialiser,
     }  # fmt: skip
-    if spec.layout == "one_trip" or spec.layout == "one_trip_shared":
-        sharing = SHARING_LAYERS if spec.layout == "one_trip_shared" else 1
-        facts |= {"name": spec.layout.replace("_", "-"), "share_residual_codes": sharing}
-        return Plan.one_trip(checkpoint.projections(), **facts)
+    if spec.layout == "per_projection" or spec.layout == "fused":
+        return Plan.subset(name=f"{spec.layout}-{spec.initialiser}-r{spec.rank}", layout=spec.layout, **facts)
     if spec.layout == "lagged":  # the paper's plan and its A and B; only the residual differs
-        return Plan.subset(**facts | {"name": f"per_projection-{spec.initialiser}-r{spec.rank}"})
-    return Plan.subset(layout=spec.layout, **facts)
+        return Plan.subset(name=f"per_projection-{spec.initialiser}-r{spec.rank}", **facts)
+    return schedules(checkpoint.projections(), **facts)[spec.layout.replace("_", "-")]
 
 
 class Bench:

@@ -18,6 +18,9 @@ Method = Literal["base", "majority", "lora", "privatelora"]
 Stage = Literal["compare", "sweep"]
 Precision = Literal["float32", "bfloat16"]
 Transport = Literal["reference", "wire"]
+Schedule = Literal[
+    "subset", "grouped", "one_trip", "one_trip_shared", "one_trip_lean", "resident", "lagged"
+]  # fmt: skip
 Key = TypeVar("Key")
 
 
@@ -40,8 +43,8 @@ class Spec:
     rank: int = 0
     alpha: int = 0
     initialiser: Initialiser | Literal[""] = ""
-    # The last three are no layouts: whole plans, see `Plan.one_trip`, and an experiment, see `shared.lagged`.
-    layout: Layout | Literal["", "one_trip", "one_trip_shared", "lagged"] = ""
+    # A schedule stands for a whole plan, see `edge_client.planning.candidates`; lagged is an experiment.
+    layout: Layout | Schedule | Literal[""] = ""
     # Fields from here on came later: lines without them mean the default.
     precision: Precision = "float32"  # of the frozen layers, and on the wire; what is trained is float32
     transport: Transport = "reference"  # wire: through a cloud process

@@ -84,8 +84,8 @@ def serve(
     plan: Annotated[
         list[str] | None,
         typer.Option(
-            help="A plan to offer: per-layer (the default), one-trip or one-trip-shared (for slow links), or "
-            "JSON such as "
+            help="A plan to offer: per-layer (the default), one-trip, one-trip-shared or one-trip-lean (for "
+            "slow links), or JSON such as "
             '\'{"name": "r16", "r_c2d": 16, "r_d2c": 16}\'. Repeatable; the first is the edges\' default.'
         ),
     ] = None,

@@ -2,7 +2,8 @@
 
 A stream between two steps is told at once, or when it asks for the next; one whose step is under way gets
 some time to finish it. Nothing is lost in either case: an edge that is told in the middle of a step repeats
-it elsewhere. What it is told is a status with trailers, so no message has a field for it.
+it elsewhere. What it is told is a status with trailers, so no message has a field for it. One that does not
+hear it comes back to ask, and is told then.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.02  # at who has finished a step
 FAREWELL_S = 1.0  # for the last statuses to go out
+RETURN_S = 1.0  # for edges that missed where to go (gRPC loses a status to who is sending) to come back
 
 
 class Drain:
@@ -90,6 +92,8 @@ class Drain:
                     told.add(key)
                     send_away(self.refusal())
             await asyncio.sleep(LOOK_EVERY_S)
+        if sessions + runs and self.successor is not None:
+            await asyncio.sleep(RETURN_S)
 
     @staticmethod
     def streams(service: "Service") -> list[tuple[object, bool, Callable[[Refusal], object]]]:

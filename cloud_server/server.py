@@ -74,7 +74,8 @@ def plan_of(config: PlanConfig, checkpoint: Checkpoint) -> Plan:
         "share_residual_codes": config.share_residual_codes,
     }
     if config.one_trip:
-        return Plan.one_trip(checkpoint.projections(), lora_rank=config.lora_rank, **facts)
+        sides: dict[str, Any] = {"lora_rank": config.lora_rank, "tail": config.edge_tail}
+        return Plan.one_trip(checkpoint.projections(), **sides, **facts)
     resident = bool(config.head_layers or config.tail_layers)
     with_lora = resident and config.lora_rank > 0
     return Plan.subset(

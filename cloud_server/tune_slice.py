@@ -79,8 +79,8 @@ class TuneSlice:
                 self._batch.changed.wait_for(lambda: not self._running)
             if self.threads != self._all_threads:
                 torch.set_num_threads(self._all_threads)
-        for other in others:
-            other.result()
+        while others:  # not in a name: this frame, which what is raised leads to, must not lead back to it
+            others.pop().result()
 
     def _work(self) -> None:
         if self.threads != self._all_threads:

@@ -52,7 +52,10 @@ class Datastore:
         texts, size = [], 0
         for file in files:
             if not file.is_file():
-                raise DatastoreError(f"nothing to draft from at {file}: no such file")
+                why = "it is no file; name the files in it" if file.is_dir() else "it is no file"
+                raise DatastoreError(
+                    f"nothing to draft from at {file}: {why if file.exists() else 'no such file'}"
+                )
             size += file.stat().st_size
             if size > MAX_TEXT_BYTES:
                 raise DatastoreError(

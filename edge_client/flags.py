@@ -119,14 +119,16 @@ TopP = Annotated[
         "--top-p", help="Sample only from the likeliest tokens that reach this probability together (0 to 1)."
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable; any whole number.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Makes sampling repeatable; a whole number, 0 or more.")
+]
 DraftTokens = Annotated[
     int | None,
     typer.Option(
         "--draft-tokens",
         metavar="N",
-        help="Guess up to N tokens ahead where that saves time, and check them in one step; 16 by default, "
-        "0: never.",
+        help="Guess up to N tokens ahead where that saves time, and check them in one step; 8 by default, 64 "
+        "at most, 0: never.",
     ),
 ]
 DraftFrom = Annotated[

@@ -106,6 +106,8 @@ class Plan(BaseModel):
             raise ValueError("lora names a product twice")
         if bool(self.lora) != bool(self.lora_rank) or (self.lora and not self.resident_layers):
             raise ValueError("lora needs a lora_rank, and layers on the edge (head_layers, tail_layers)")
+        if not self.lora and self.lora_scale != type(self).model_fields["lora_scale"].default:
+            raise ValueError("lora_scale without lora scales nothing, and is no part of the digest")
         if self.schedule == "resident" and not self.resident_layers:
             raise ValueError("schedule resident keeps layers on the edge (head_layers, tail_layers)")
         if self.schedule == "per_layer" and not (self.exchange_layers == self.adapted_layers == tuple(cloud)):
@@ -226,9 +228,15 @@ class Plan(BaseModel):
 
     @classmethod
     def one_trip(
-        cls, lora: tuple[Projection, ...], *, num_layers: int, lora_rank: int = 16, **facts: Any
+        cls,
+        lora: tuple[Projection, ...],
+        *,
+        num_layers: int,
+        lora_rank: int = 16,
+        tail: bool = True,
+        **facts: Any,
     ) -> "Plan":
-        """Make the plan of one round trip a token: the edge runs at most 15 % of the layers, at both ends.
+        """Make the plan of one round trip a token: the edge runs at most 15 % of the layers.
 
         Every layer in between gets its residual from the codes of the first one, which the edge makes itself;
         the layers on the edge get a LoRA.
@@ -241,18 +249,22 @@ class Plan(BaseModel):
             Of the whole model (count).
         lora_rank
             Rank of the LoRAs (elements).
+        tail
+            Whether half of the edge's layers are the last ones. These need the hidden states of all
+            positions; without them a prompt's stay in the cloud, but for the last.
         facts
             As `subset` takes them.
         """
         resident = max(1, int(EDGE_SHARE * num_layers))
-        head, tail = resident - resident // 2, resident // 2
-        cloud = tuple(range(head, num_layers - tail))
+        last = resident // 2 if tail else 0
+        head = resident - last
+        cloud = tuple(range(head, num_layers - last))
         return cls.subset(
             cloud,
             exchange_layers=cloud[:1],
             num_layers=num_layers,
             head_layers=head,
-            tail_layers=tail,
+            tail_layers=last,
             lora=lora,
             lora_rank=lora_rank,
             **facts,

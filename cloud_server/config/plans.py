@@ -1,6 +1,6 @@
 """Settings of the plans on offer: by name for those that most want, in full for all others."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.plan import SHARING_LAYERS, Initialiser, Layout
 
@@ -35,6 +35,11 @@ class PlanConfig(BaseModel):
         default=False,
         description="Fill in layers, exchange_layers, head_layers and tail_layers for one round trip a token",
     )
+    edge_tail: bool = Field(
+        default=True,
+        description="Whether one_trip gives edges last layers too; if not, a prompt's hidden states need not "
+        "come back",
+    )
     head_layers: int = Field(default=0, ge=0, description="First decoder layers that edges run (count)")
     tail_layers: int = Field(default=0, ge=0, description="Last decoder layers that edges run (count)")
     lora_rank: int = Field(
@@ -42,12 +47,29 @@ class PlanConfig(BaseModel):
     )
     scale: float = Field(default=1.0, gt=0, description="Factor on the residual (no unit)")
 
+    @model_validator(mode="after")
+    def _one_trip_stands_alone(self) -> "PlanConfig":
+        filled_in = ("layers", "exchange_layers", "head_layers", "tail_layers")
+        twice = [name for name in filled_in if getattr(self, name) not in (None, 0)]
+        if self.one_trip and twice:
+            raise ValueError(f"one_trip fills in {', '.join(twice)}: leave them out, or one_trip")
+        if not self.one_trip and not self.edge_tail:
+            raise ValueError("edge_tail is about one_trip; without that say tail_layers")
+        return self
+
 
 NAMED_PLANS = {
     "per-layer": PlanConfig(),
     "one-trip": PlanConfig(name="one-trip-r64", one_trip=True),
     "one-trip-shared": PlanConfig(
         name="one-trip-shared-r64", one_trip=True, share_residual_codes=SHARING_LAYERS
+    ),
+    "one-trip-lean": PlanConfig(
+        name="one-trip-lean-r64",
+        one_trip=True,
+        edge_tail=False,
+        layout="fused",
+        share_residual_codes=SHARING_LAYERS,
     ),
 }
 

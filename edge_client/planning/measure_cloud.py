@@ -10,7 +10,7 @@ import contextlib
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -72,11 +72,11 @@ class Timed:
 
     def one_s(self) -> float:
         """Return the time of a step of one position that follows others (seconds)."""
-        return _median(lambda: self._run(1, self.positions))
+        return statistics.median(_times(lambda: self._run(1, self.positions)))
 
-    def many_s(self) -> float:
-        """Return the time of a step of `positions` (seconds)."""
-        return _median(lambda: self._run(self.positions, 0))
+    def many(self) -> list[float]:
+        """Return the times of a few steps of `positions` (seconds)."""
+        return _times(lambda: self._run(self.positions, 0))
 
     def bytes_up(self) -> int:
         """Return what a step of `positions` sends (bytes)."""
@@ -116,10 +116,13 @@ def measure_cloud(
 
     plain = min(plans, key=lambda plan: len(plan.owners) * plan.residual_width)
     with Timed(connection, offer, plain, wire_dtype, exchanging=False) as timed:
-        one_s, many_s, positions, bytes_up = timed.one_s(), timed.many_s(), timed.positions, timed.bytes_up()
+        one_s, full, positions, bytes_up = timed.one_s(), timed.many(), timed.positions, timed.bytes_up()
     other = pb.DTYPE_BFLOAT16 if width > 2 else pb.DTYPE_FLOAT32
     with Timed(connection, offer, plain, other, exchanging=False) as timed:
-        up = rate_of(bytes_up - timed.bytes_up(), many_s - timed.many_s(), many_s)
+        others, more_bytes = timed.many(), bytes_up - timed.bytes_up()
+    with Timed(connection, offer, plain, wire_dtype, exchanging=False) as timed:
+        full += timed.many()  # before and after the others: a machine that slows down is no link
+    up, many_s = rate_of(more_bytes, full, others), statistics.median(full)
     link = LinkFacts(name="measured", rtt_s=rtt_s, up_bit_s=up, down_bit_s=down)
 
     def layer_s(taken: float, count: int) -> float:
@@ -141,13 +144,17 @@ def measure_cloud(
             return max(0.0, rest / count - rtt_s)
 
         with Timed(connection, offer, most, wire_dtype, exchanging=True) as timed:
-            one, many = exchange_s(timed.one_s(), 1), exchange_s(timed.many_s(), timed.positions)
+            one, many = (
+                exchange_s(timed.one_s(), 1),
+                exchange_s(statistics.median(timed.many()), timed.positions),
+            )
             exchange = Line.through(one, many, timed.positions)
     return (
         CloudSpeed(
             layer=layer,
             exchange=exchange,
             message_s=message,
+            max_context_tokens=offer.limits.max_context_tokens,
             max_step_tokens=offer.limits.max_step_tokens,
             max_steps_in_flight=max(1, offer.raw_limits.max_steps_in_flight),
         ),
@@ -198,18 +205,35 @@ def down_rate(connection: Connection, offer: CloudOffer) -> float | None:
     return 8 * counted / taken if counted and taken > 0 else None
 
 
-def rate_of(more_bytes: int, more_s: float, of_s: float) -> float | None:
-    """Return the rate that explains ``more_s`` by ``more_bytes`` (bits/s); None if that may be noise."""
-    if more_s < 0:
-        more_bytes, more_s = -more_bytes, -more_s
-    if more_bytes <= 0 or more_s < max(CLEAR_S, CLEAR_SHARE * of_s):
+def rate_of(more_bytes: int, fuller: Sequence[float], leaner: Sequence[float]) -> float | None:
+    """Return the rate at which ``more_bytes`` explain by how much longer steps take (bits/s).
+
+    None if that may be noise: nearly every fuller step has to take longer than nearly every leaner one.
+
+    Parameters
+    ----------
+    more_bytes
+        Of a fuller step over a leaner one; below 0 if it is the other way round.
+    fuller, leaner
+        Times of such steps (seconds).
+    """
+    if more_bytes < 0:
+        more_bytes, fuller, leaner = -more_bytes, leaner, fuller
+    more_s = statistics.median(fuller) - statistics.median(leaner)
+    apart = _but_one(sorted(fuller)) > _but_one(sorted(leaner, reverse=True))
+    if not more_bytes or not apart or more_s < max(CLEAR_S, CLEAR_SHARE * statistics.median(leaner)):
         return None
     return 8 * more_bytes / more_s
 
 
-def _median(run: Callable[[], object]) -> float:
+def _but_one(times: Sequence[float]) -> float:
+    """Return the first of several times but one, which may have been disturbed."""
+    return times[1] if len(times) > 2 else times[0]
+
+
+def _times(run: Callable[[], object]) -> list[float]:
     first = _seconds(run)
-    return first if first > SLOW_S else statistics.median(_seconds(run) for _ in range(REPEATS))
+    return [first] if first > SLOW_S else [_seconds(run) for _ in range(REPEATS)]
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -76,7 +76,9 @@ class EdgeCost(BaseModel):
     resident_bytes: int = Field(description="Decoder layers on the edge, without LoRA (bytes)")
     personal_bytes: int = Field(description="M, LoRA factors and A of the first codes (bytes)")
     kv_bytes: int = Field(description="Keys and values of the layers on the edge, one session (bytes)")
-    flops_per_token: int = Field(description="Operations of one decoded token (FLOPs)")
+    flops_per_token: int = Field(
+        description="Operations of one decoded token, rejected guesses included (FLOPs)"
+    )
     backbone_share: float = Field(
         description="Of the backbone's operations, those on the edge; LoRA is no part of it (0 to 1)"
     )
@@ -87,7 +89,13 @@ class EdgeCost(BaseModel):
         return self.shell_bytes + self.resident_bytes + self.personal_bytes + self.kv_bytes
 
 
-def edge_cost(shape: ModelShape, plan: Plan, element_bytes: int, context_tokens: int) -> EdgeCost:
+def edge_cost(
+    shape: ModelShape,
+    plan: Plan,
+    element_bytes: int,
+    context_tokens: int,
+    positions_per_token: float = 1.0,
+) -> EdgeCost:
     """Return what ``plan`` asks of the edge.
 
     Parameters
@@ -100,6 +108,8 @@ def edge_cost(shape: ModelShape, plan: Plan, element_bytes: int, context_tokens:
         Of what the edge computes in (bytes an element).
     context_tokens
         Positions that a session holds (count).
+    positions_per_token
+        That are run for a token that is kept, rejected guesses included (count).
     """
     resident = len(plan.resident_layers)
     lora = sum(rows * columns for rows, columns in factor_shapes(plan).values())
@@ -113,6 +123,8 @@ def edge_cost(shape: ModelShape, plan: Plan, element_bytes: int, context_tokens:
         resident_bytes=resident * (shape.layer_weights + norms) * element_bytes,
         personal_bytes=(m + lora + first) * PERSONAL_BYTES,
         kv_bytes=2 * resident * shape.kv_dim * context_tokens * element_bytes,
-        flops_per_token=2 * (shape.head_weights + m + lora + first) + resident * layer,
+        flops_per_token=round(
+            positions_per_token * (2 * (shape.head_weights + m + lora + first) + resident * layer)
+        ),
         backbone_share=resident / shape.num_layers,
     )

@@ -2,14 +2,16 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_RTT_S = 3600.0  # beyond it no connection stands
+
 
 class LinkFacts(BaseModel):
     """What a link is like; up is from the edge to the cloud."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(description="What to call it; 'measured' if it was")
-    rtt_s: float = Field(ge=0, description="Round-trip time of a small packet (seconds)")
+    rtt_s: float = Field(ge=0, le=MAX_RTT_S, description="Round-trip time of a small packet (seconds)")
     up_bit_s: float | None = Field(
         default=None, gt=0, description="Rate from edge to cloud (bits/s); None: not a bound, or not measured"
     )
@@ -21,6 +23,11 @@ class LinkFacts(BaseModel):
         """Return how long these bytes take one after the other, without delay (seconds)."""
         up = 8 * bytes_up / self.up_bit_s if self.up_bit_s else 0.0
         return up + (8 * bytes_down / self.down_bit_s if self.down_bit_s else 0.0)
+
+
+def called(name: str) -> str:
+    """Return how people read the name of a link."""
+    return {"measured": "the link as measured", "given": "a link as given"}.get(name, name)
 
 
 LINKS = {

@@ -177,7 +177,9 @@ def predict(plan: Plan, setting: Setting, *, offered: bool = True) -> Prediction
         round_trips_per_token=plan.round_trips * each,
         bytes_up_per_token=up * each,
         bytes_down_per_token=down * each,
-        edge=edge_cost(setting.shape, plan, setting.edge_bytes, setting.context_tokens),
+        edge=edge_cost(
+            setting.shape, plan, setting.edge_bytes, setting.context_tokens, drafting.positions * each
+        ),
         energy_per_token_j=(step.edge_s * power.busy_w + waiting * power.idle_w) * each,
     )
 

@@ -11,8 +11,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from edge_client.planning.candidates import effect, schedules
 from edge_client.planning.speeds import FROZEN
-from shared.plan import SHARING_LAYERS, Plan
+from shared.plan import Plan, Projection
+
+Layout = Literal["per_projection", "fused"]
+Schedule = Literal["subset", "grouped", "one_trip", "one_trip_shared", "one_trip_lean", "resident"]
 
 
 class Scored(BaseModel):
@@ -31,9 +35,8 @@ class Quality(BaseModel):
     model_config = FROZEN
 
     backbone: str
-    layout: Literal["per_projection", "fused", "one_trip", "one_trip_shared"] = Field(
-        description="one_trip: the plan of `Plan.one_trip`, shared: with layers that share an M; else every "
-        "layer exchanging, in this layout"
+    layout: Layout | Schedule = Field(
+        description="A layout is that of a plan in which every layer exchanges; else a named schedule"
     )
     rank: int = Field(description="Of codes and residual codes (elements)")
     initialiser: str
@@ -61,29 +64,32 @@ def table() -> tuple[Quality, ...]:
     return TypeAdapter(tuple[Quality, ...]).validate_json(text)
 
 
-def known(plan: Plan) -> tuple[Quality, ...]:
-    """Return what was measured under this very plan; nothing if nothing was."""
-    if plan.r_c2d != plan.r_d2c or plan.scale != 1 or len(plan.targets) != 3:
-        return ()
-    if plan.schedule == "per_layer":
-        layout: str = plan.layout
-    elif is_one_trip(plan):
-        layout = "one_trip"
-    elif is_one_trip(plan, SHARING_LAYERS):
-        layout = "one_trip_shared"
-    else:
-        return ()
-    key = (plan.backbone, layout, plan.r_c2d, plan.initialiser)
-    return tuple(q for q in table() if (q.backbone, q.layout, q.rank, q.initialiser) == key)
+def known(plan: Plan, products: tuple[Projection, ...]) -> tuple[Quality, ...]:
+    """Return what was measured under this very plan; nothing if nothing was.
+
+    Parameters
+    ----------
+    plan
+        Any.
+    products
+        Of a layer of its model: where layers stay on the edge, all of them had a LoRA.
+    """
+    layout = layout_of(plan, products)
+    found = [q for q in table() if (q.backbone, q.layout) == (plan.backbone, layout)]
+    if plan.adapted_layers:
+        found = [q for q in found if (q.rank, q.initialiser) == (plan.r_c2d, plan.initialiser)]
+        if plan.scale != 1:
+            found = []
+    return tuple(found)
 
 
-def is_one_trip(plan: Plan, sharing: int = 1) -> bool:
-    """Whether this is what `Plan.one_trip` makes, with its own LoRA and so many layers to an M."""
-    if not plan.lora or plan.num_layers < 2:
-        return False
-    made = Plan.one_trip(
-        plan.lora, name=plan.name, backbone=plan.backbone, num_layers=plan.num_layers,
-        hidden_size=plan.hidden_size, rank=plan.r_c2d, initialiser=plan.initialiser,
-        share_residual_codes=sharing,
+def layout_of(plan: Plan, products: tuple[Projection, ...]) -> str | None:
+    """Return what the record calls a plan that is a named schedule at some rank; None of any other."""
+    named = schedules(
+        products, backbone=plan.backbone, num_layers=plan.num_layers, hidden_size=plan.hidden_size,
+        rank=plan.r_c2d,
     )  # fmt: skip
-    return made == plan
+    for name, one in named.items():
+        if effect(one) == effect(plan):
+            return "per_projection" if name == "per-layer" else name.replace("-", "_")
+    return None

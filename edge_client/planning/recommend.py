@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, Field
 
+from edge_client.planning.network import called
 from edge_client.planning.predict import Prediction
 from edge_client.planning.quality import Quality
 from edge_client.planning.speeds import FROZEN
@@ -55,6 +56,11 @@ def recommend(
         key=lambda p: (not quality.get(p.plan), p.edge.memory_bytes, -p.decode_tok_s),
     )
     reasons = [_speed(best, offered)]
+    faster = [p.plan for p in offered if p.decode_tok_s > best.decode_tok_s]
+    if faster:
+        measured = quality.get(best.plan) and not quality.get(faster[0])
+        why = "its quality was measured" if measured else "it asks for less memory here"
+        reasons.append(f"Within {EQUAL:.0%} plans count as equally fast; this one was taken because {why}.")
     waits = best.step.latency_s / best.step.total_s
     reasons.append(
         f"A token waits for {best.round_trips_per_token:.2g} round trips; they are {waits:.0%} of its time."
@@ -87,7 +93,7 @@ def _asks(prediction: Prediction) -> str:
 
 
 def _speed(best: Prediction, offered: Sequence[Prediction]) -> str:
-    said = f"{best.plan} is predicted to decode at {best.decode_tok_s:.3g} tok/s over {best.link}"
+    said = f"{best.plan} is predicted to decode at {best.decode_tok_s:.3g} tok/s over {called(best.link)}"
     others = [p for p in offered if p.plan != best.plan]
     if not others:
         return f"{said}; it is the only plan there is to choose."

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from edge_client.plain import printable
+from edge_client.planning.network import called
 from edge_client.planning.predict import Setting, UnknownSpeedError, predict
 from edge_client.planning.quality import known
 from edge_client.planning.recommend import recommend
@@ -32,7 +33,7 @@ def document(survey: Survey, setting: Setting, memory_bytes: int | None = None) 
         except UnknownSpeedError as error:
             left_out.append(str(error))
     # A name that is offered wins over one that only could be.
-    quality = {plan.name: known(plan) for plan, _ in reversed(plans)}
+    quality = {plan.name: known(plan, survey.shape.products) for plan, _ in reversed(plans)}
     chosen = recommend([found for _, found in plans], quality, memory_bytes)
     return {
         "cloud": survey.cloud_address,
@@ -43,10 +44,10 @@ def document(survey: Survey, setting: Setting, memory_bytes: int | None = None) 
             {
                 **found.model_dump(),
                 "edge_memory_bytes": found.edge.memory_bytes,
-                "quality": [one.model_dump() for one in known(plan)] or NOT_MEASURED,
-                "quality_line": "; ".join(one.line() for one in known(plan)) or NOT_MEASURED,
+                "quality": [one.model_dump() for one in measured] or NOT_MEASURED,
+                "quality_line": "; ".join(one.line() for one in measured) or NOT_MEASURED,
             }
-            for plan, found in plans
+            for found, measured in ((found, known(plan, survey.shape.products)) for plan, found in plans)
         ],
         "left_out": left_out,
         "recommended": chosen.plan,
@@ -58,9 +59,8 @@ def show(found: dict[str, Any]) -> None:
     """Print a document for people."""
     console = Console(highlight=False, markup=False)
     link = found["link"]
-    name = {"measured": "the link as measured", "given": "a link as given"}.get(link["name"], link["name"])
     console.print(
-        f"{found['cloud']} over {name}: {1e3 * link['rtt_s']:.3g} ms round trip, "
+        f"{found['cloud']} over {called(link['name'])}: {1e3 * link['rtt_s']:.3g} ms round trip, "
         f"{_rate(link['up_bit_s'])} up, {_rate(link['down_bit_s'])} down",
         soft_wrap=True,
     )

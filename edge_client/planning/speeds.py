@@ -5,7 +5,7 @@ Times of a step grow with its positions; here by a straight line through one pos
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FROZEN = ConfigDict(frozen=True, extra="forbid")
+FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Line(BaseModel):
@@ -50,6 +50,7 @@ class CloudSpeed(BaseModel):
         "(seconds)"
     )
     message_s: float = Field(ge=0, description="One call, beyond the round-trip time (seconds)")
+    max_context_tokens: int = Field(ge=1, description="Most positions that a session holds (count)")
     max_step_tokens: int = Field(ge=1, description="Longest step that the cloud takes (positions)")
     max_steps_in_flight: int = Field(ge=1, description="Unfinished steps that a session may have (count)")
 

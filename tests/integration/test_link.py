@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.link import Joined, Link
+from benchmarks.link_check import tcp_s
 from benchmarks.processes import CloudProcess, edge_json
 from tests.integration.link_sides import (
     ECHO,
@@ -48,6 +49,13 @@ def test_bytes_arrive_both_ways_and_never_too_early(kind: Any) -> None:
     assert taken["received"] >= PAYLOAD and taken["whole_s"] >= RTT_S + PAYLOAD / DOWN_BYTES_S
     assert counted["up"]["bytes"] > PAYLOAD and counted["down"]["bytes"] > 2 * PAYLOAD
     assert counted["up"]["packets"] >= PAYLOAD / 1500
+
+
+@either_kind
+def test_bytes_swapped_over_tcp_take_what_the_link_asks_at_least(kind: Any) -> None:
+    with Link(SLOW, kind, check=False) as link:
+        taken = tcp_s(link, PAYLOAD, 2 * PAYLOAD)
+    assert taken >= RTT_S + PAYLOAD / UP_BYTES_S + 2 * PAYLOAD / DOWN_BYTES_S
 
 
 @needs_namespaces

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.plan_accuracy import plan_of
 from benchmarks.processes import edge_json, run_edge
 from edge_client.planning.predict import Setting
 from edge_client.wire_cost import wire_cost
@@ -52,9 +53,25 @@ def test_every_offered_plan_is_predicted(tiny_cloud: Served, tmp_path: Path) -> 
     assert fetched == {"config.json"} and not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_what_info_prints_of_a_plan_is_that_plan(tiny_cloud: Served) -> None:
+    """As the benchmark that checks predictions reads it."""
+    found = [plan_of(facts) for facts in edge_json("info", "--cloud", tiny_cloud.address)["plans"]]
+    with tiny_cloud.raw() as edge:
+        assert found == [Plan.parse(offer.plan_json) for offer in edge.offers.values()]
+
+
 def test_people_are_told_what_was_measured(tiny_cloud: Served, tmp_path: Path) -> None:
     done = run_edge("plan", "--cloud", tiny_cloud.address, "--cache-dir", str(tmp_path), "--link", "5g")
     assert done.returncode == 0, done.stderr
     for said in ("over 5g: 20 ms round trip, 60 Mbit/s up, 100 Mbit/s down", "recommended: ", "not measured"):
         assert said in done.stdout
     assert "r8" in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--prompt-tokens", "1000000"), ("--context", "1000000")])
+def test_what_the_cloud_would_refuse_is_not_predicted(
+    tiny_cloud: Served, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    done = run_edge("plan", "--cloud", tiny_cloud.address, "--cache-dir", str(tmp_path), *words)
+    assert done.returncode != 0 and not done.stdout
+    assert f"{words[0]} 1000000: this cloud takes at most" in done.stderr and "Traceback" not in done.stderr

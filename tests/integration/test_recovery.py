@@ -130,7 +130,8 @@ def test_a_drained_cloud_hands_over_and_ends_well(pair: Pair) -> None:
     pair.alive[one] = False
     assert process.wait(120) == 0
     assert model.connection is not None and model.connection.target == two.address
-    assert len(said) == 1 and "shutting down" in said[0]
+    # gRPC loses the notice to an edge that is sending a step just then; it is told when it asks again
+    assert len(said) == 1 and ("shutting down" in said[0] or "being sent" in said[0])
 
 
 def test_a_cloud_that_was_killed_and_started_again_loses_no_token(pair: Pair) -> None:

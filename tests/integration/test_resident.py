@@ -44,12 +44,14 @@ PLANS: tuple[dict[str, Any], ...] = (
     {"name": "trip", "one_trip": True, "lora_rank": 2, "r_c2d": 6, "r_d2c": 4},
     {"name": "trip-shared", "one_trip": True, "lora_rank": 2, "r_c2d": 6, "r_d2c": 4,
      "share_residual_codes": 2},
+    {"name": "trip-lean", "one_trip": True, "edge_tail": False, "lora_rank": 2, "r_c2d": 6, "r_d2c": 4,
+     "share_residual_codes": 2, "layout": "fused"},
     {"name": "shared", "head_layers": 1, "lora_rank": 2, "layers": [2, 3], "exchange_layers": [2],
      "share_residual_codes": 2, "r_c2d": 7, "r_d2c": 5, "layout": "fused"},
 )  # fmt: skip
 
 
-NOT_MERGED = ("trip", "trip-shared", "shared")
+NOT_MERGED = ("trip", "trip-shared", "trip-lean", "shared")
 STEP_TOKENS = 7
 
 
@@ -96,7 +98,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         assert "Traceback" not in process.logs()
 
 
-@pytest.mark.parametrize("plan", ["ends", "tail", "head", "mixed", "trip", "trip-shared", "shared"])
+@pytest.mark.parametrize(
+    "plan", ["ends", "tail", "head", "mixed", "trip", "trip-shared", "trip-lean", "shared"]
+)
 def test_tokens_are_those_of_the_merged_model(served: Served, plan: str) -> None:
     with served.edge(plan) as edge:
         adapter = edge.adapter
@@ -211,7 +215,7 @@ def reference(served: Served, adapter: Adapter, examples: list[Example]) -> tupl
     return float(loss.detach()), joined(gradients, {name: leaf.grad for name, leaf in leaves.items()})
 
 
-@pytest.mark.parametrize("plan", ["ends", "tail", "mixed", "trip", "trip-shared", "shared"])
+@pytest.mark.parametrize("plan", ["ends", "tail", "mixed", "trip", "trip-shared", "trip-lean", "shared"])
 def test_gradients_are_those_of_one_process(served: Served, plan: str) -> None:
     with served.edge(plan) as edge:
         adapter, connection, offer = edge.adapter, edge.connection, edge.offer
@@ -238,7 +242,7 @@ def test_gradients_are_those_of_one_process(served: Served, plan: str) -> None:
             assert difference <= 1e-9 * gradient.norm(), key
 
 
-@pytest.mark.parametrize("plan", ["trip", "trip-shared", "shared"])
+@pytest.mark.parametrize("plan", ["trip", "trip-shared", "trip-lean", "shared"])
 @pytest.mark.parametrize("residual_codes", ["float32", "int4"])
 def test_what_is_shared_is_sent_once(served: Served, plan: str, residual_codes: str) -> None:
     """The formula's bytes, of steps that each give one token."""
@@ -250,7 +254,7 @@ def test_what_is_shared_is_sent_once(served: Served, plan: str, residual_codes: 
         spent = edge.traffic() - before
         assert torch.equal(longer[:, : short.shape[1]], short)
         found, cost = edge.adapter.plan, wire_cost(edge.adapter.plan, edge.wire_dtypes)
-        assert len(found.owners) == {"trip": 3, "trip-shared": 2, "shared": 1}[plan]
+        assert len(found.owners) == {"trip": 3, "trip-shared": 2, "trip-lean": 2, "shared": 1}[plan]
         steps = spent.round_trips // cost.round_trips
         assert 24 <= steps <= 36
         assert spent.bytes_up == pytest.approx(steps * cost.up, rel=0.08)  # sizes below 128 take a byte less

@@ -116,6 +116,28 @@ def test_the_plan_of_one_trip_follows_the_models_depth(tmp_path):
     assert len(deep.resident_layers) <= EDGE_SHARE * 30
 
 
+def test_the_lean_plan_of_one_trip_has_no_layer_behind_the_clouds(tmp_path):
+    checkpoint = open_folder(tiny.write(tmp_path / "m", num_hidden_layers=tiny.LAYERS), "tiny")
+    plan = plan_of(plan_config("one-trip-lean").model_copy(update={"r_c2d": 4, "r_d2c": 4}), checkpoint)
+    assert (plan.head_layers, plan.tail_layers, plan.exchange_layers) == (1, 0, (1,)) and plan.groups == 1
+    facts = {"name": "deep", "backbone": "b", "num_layers": 30, "hidden_size": 16}
+    deep = Plan.one_trip(plan.lora, tail=False, **facts)
+    assert deep.resident_layers == (0, 1, 2, 3) and deep.adapted_layers == tuple(range(4, 30))
+    assert deep.round_trips == 1 and deep.returns_gradient
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"one_trip": true, "head_layers": 1, "layers": [1]}', "one_trip fills in layers, head_layers"),
+        ('{"edge_tail": false}', "edge_tail is about one_trip"),
+    ],
+)
+def test_a_plan_that_is_told_twice_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        plan_config(text)
+
+
 @pytest.mark.parametrize("app", [cli.app, edge_cli.app])
 def test_the_version_that_is_installed(app):
     result = CliRunner().invoke(app, ["--version"])

@@ -49,9 +49,12 @@ def test_bytes_are_compared_with_the_papers():
     assert decode_record.summary([row()]).of_papers_bytes == pytest.approx(960 / (30 * 1536), abs=1e-4)
 
 
-def test_there_is_no_bound_where_a_step_was_not_taken_again():
-    one = decode_record.summary([row(), row(prompt=1, loopback_s=None)])
+def test_only_answers_whose_steps_were_taken_again_are_held_against_a_bound():
+    later = row(round=1, seconds=9.0, loopback_s=None)
+    one = decode_record.summary([later])
     assert one.bound_tok_s is None and one.against_bound is None and one.loopback_step_ms is None
+    one = decode_record.summary([row(), later])
+    assert (one.answers, one.tok_s) == (2, 2.4) and one.against_bound == pytest.approx(1.0)
 
 
 def test_a_disturbed_answer_or_replay_does_not_count_for_the_bound():
@@ -82,6 +85,18 @@ def test_a_slowdown_is_per_token_and_at_median_times_leaves_out_what_one_answer_
     assert one.measured == pytest.approx(2.5 / 15 / 0.1 - 1, abs=1e-4)
     assert one.at_medians == pytest.approx(1.5 / 1.5 - 1, abs=1e-4)
     assert decode_record.slowdowns([drafted]) == []
+
+
+def test_a_slowdown_is_the_median_of_rounds_that_were_answered_both_ways():
+    rows = [
+        row(drafted=False, round=n, tokens=10, seconds=1.0, lengths=(length(1, 10, 0.1),)) for n in range(4)
+    ]
+    rows += [
+        row(round=n, tokens=10, seconds=s, lengths=(length(1, 10, 0.1),))
+        for n, s in enumerate((5.0, 0.9, 1.1))
+    ]
+    (one,) = decode_record.slowdowns(rows)
+    assert (one.measured, one.rounds) == (pytest.approx(0.1), 3)
 
 
 def test_the_typical_time_of_a_step_weighs_steps():

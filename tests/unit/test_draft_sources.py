@@ -131,7 +131,7 @@ def test_files_that_cannot_be_drafted_from_are_named(tmp_path, monkeypatch):
     text.write_text("0123456789")
     for files, message in (
         ([tmp_path / "none.txt"], "none.txt: no such file"),
-        ([tmp_path], "no such file"),
+        ([tmp_path], "it is no file; name the files in it"),
         ([text, binary], "photo.jpg: it is no UTF-8"),
     ):
         with pytest.raises(DatastoreError, match=message):

@@ -37,6 +37,13 @@ def test_each_ratio_is_against_the_prefill_right_before():
     assert first_token_record.summary([row(), slower]).ratio == pytest.approx(1.3)
 
 
+def test_beside_the_ideal_stands_what_tcp_took_for_the_same_bytes():
+    assert row().tcp_ratio is None and first_token_record.summary([row()]).tcp_ratio is None
+    assert row(tcp_s=0.46).tcp_ratio == pytest.approx(1.0)
+    one = first_token_record.summary([row(), row(tcp_s=0.46), row(tcp_s=1.76), row(tcp_s=0.46)])
+    assert (one.tcp_s, one.tcp_ratio, one.ratio) == (0.46, pytest.approx(1.0), pytest.approx(1.3))
+
+
 def test_the_aim_depends_on_the_plan_and_on_what_its_round_trips_allow():
     exchanging = {"resident": False, "plan": "grouped"}
     assert first_token_record.summary([row()]).aim == RESIDENT_AIM

@@ -100,6 +100,7 @@ def test_layers_may_live_on_the_edge() -> None:
         {"scale": 1e4},
         {"scale": float("nan")},
         {"scale": float("inf")},
+        {"lora_scale": 3.0},
         {"colour": "blue"},
     ],
     ids=str,

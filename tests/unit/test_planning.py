@@ -14,7 +14,7 @@ from benchmarks.plan_quality import RECORD, entries
 from benchmarks.tuning_runs import Record
 from edge_client import cli
 from edge_client.planning import measure_cloud, measure_edge, paper, quality
-from edge_client.planning.candidates import candidates
+from edge_client.planning.candidates import candidates, schedules
 from edge_client.planning.model_shape import ModelShape, edge_cost
 from edge_client.planning.network import LINKS, LinkFacts
 from edge_client.planning.predict import (
@@ -53,6 +53,7 @@ CLOUD = CloudSpeed(
     layer=Line(one_s=2e-3, each_s=5e-4),
     exchange=Line(one_s=1e-3, each_s=1e-5),
     message_s=5e-4,
+    max_context_tokens=8192,
     max_step_tokens=512,
     max_steps_in_flight=8,
 )
@@ -228,6 +229,14 @@ def test_sizes_are_those_of_the_real_model(family):
     assert edge_cost(shape, plan, 4, 10).resident_bytes == pytest.approx(held, rel=0.02)  # biases, more norms
 
 
+def test_rejected_guesses_are_operations_too():
+    one, five = (
+        predict(ONE_TRIP, setting(0.08, drafting=drafting)).edge.flops_per_token
+        for drafting in (Drafting(), Drafting(positions=5, tokens_per_step=2.0))
+    )
+    assert five == pytest.approx(2.5 * one)
+
+
 # --- the recommendation ---------------------------------------------------------------------------------
 
 
@@ -259,19 +268,20 @@ def test_measured_quality_decides_between_equally_fast_plans():
     assert recommend(found, {}).plan == "fused"  # less M, less memory
     chosen = recommend(found, {"per-layer": [measured]})
     assert chosen.plan == "per-layer" and measured.line() in " ".join(chosen.reasons)
+    assert "taken because its quality was measured" in " ".join(chosen.reasons)
 
 
 def test_named_schedules_are_those_that_are_not_offered():
     assert [plan.schedule for plan in candidates([GROUPED], SHAPE)] == [
         "per_layer",
+        "per_layer",
         "subset",
         "grouped",
-        "resident",
-        "resident",
+        *["resident"] * 4,
     ]
     offered = Plan.subset(name="mine", **{**FACTS, "rank": 64})
     names = [plan.name for plan in candidates([offered], SHAPE)]
-    assert names == ["subset", "grouped", "one-trip", "one-trip-shared"]
+    assert names == ["fused", "subset", "grouped", "one-trip", "one-trip-shared", "one-trip-lean", "resident"]
 
 
 # --- quality --------------------------------------------------------------------------------------------
@@ -300,7 +310,7 @@ def test_the_table_is_made_of_the_record():
 
 def test_quality_is_known_of_the_very_plan_only():
     facts = {"backbone": "smollm2-135m-instruct", "num_layers": 30, "hidden_size": 576}
-    assert {one.task for one in quality.known(Plan.subset(name="a", **facts))} >= {"reuters8"}
+    assert {one.task for one in quality.known(Plan.subset(name="a", **facts), PRODUCTS)} >= {"reuters8"}
     for other in (
         Plan.subset(name="a", rank=32, **facts),
         Plan.subset(name="a", r_c2d=64, r_d2c=32, **facts),
@@ -310,15 +320,64 @@ def test_quality_is_known_of_the_very_plan_only():
         Plan.subset((1, 2), name="a", **facts),
         Plan.subset(name="a", **{**facts, "backbone": "another"}),
     ):
-        assert not quality.known(other)
+        assert not quality.known(other, PRODUCTS)
 
 
-def test_the_plan_of_one_round_trip_is_recognised():
-    assert quality.is_one_trip(ONE_TRIP)
-    assert quality.is_one_trip(SHARED, SHARING_LAYERS) and not quality.is_one_trip(SHARED)
+def test_a_named_schedule_is_recognised_at_any_rank_and_under_any_name():
+    facts = {**FACTS, "rank": 5}
+    found = {name: quality.layout_of(plan, PRODUCTS) for name, plan in schedules(PRODUCTS, **facts).items()}
+    assert found == {
+        "per-layer": "per_projection",
+        "fused": "fused",
+        "subset": "subset",
+        "grouped": "grouped",
+        "one-trip": "one_trip",
+        "one-trip-shared": "one_trip_shared",
+        "one-trip-lean": "one_trip_lean",
+        "resident": "resident",
+    }
+    mine = SHARED.model_copy(update={"name": "mine", "lora": PRODUCTS[::-1]})
+    assert SHARED.name not in [plan.name for plan in candidates([mine], SHAPE, rank=8)]
+    assert quality.layout_of(mine, PRODUCTS) == "one_trip_shared"
     higher = Plan.one_trip(PRODUCTS, lora_rank=32, name="x", **FACTS)
+    fewer = Plan.one_trip(PRODUCTS[:1], name="x", **FACTS)
     without = Plan.subset((), name="x", head_layers=1, tail_layers=1, **FACTS)
-    assert not any(quality.is_one_trip(plan) for plan in (GROUPED, higher, without))
+    assert [quality.layout_of(plan, PRODUCTS) for plan in (higher, fewer, without)] == [None] * 3
+
+
+def test_ranks_of_codes_that_are_never_sent_do_not_matter():
+    offered = schedules(PRODUCTS, **{**FACTS, "rank": 5})["resident"].model_copy(update={"r_d2c": 3})
+    assert quality.layout_of(offered, PRODUCTS) == "resident"
+    assert "resident" not in [plan.name for plan in candidates([offered], SHAPE)]
+
+
+def test_plans_of_as_many_codes_in_other_groups_are_not_the_same():
+    wide = Plan.subset(name="mine", layout="fused", **{**FACTS, "rank": 192})
+    assert "per-layer" in [plan.name for plan in candidates([wide], SHAPE)]
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--rtt-ms", "1e308"), "--rtt-ms at most 3,600,000"),
+        (("--rtt-ms", "inf"), "must be a finite number"),
+        (("--up-mbit", "0"), "must be above 0"),
+        (("--up-mbit", "inf"), "must be a finite number"),
+        (("--memory-mib", "inf"), "must be a finite number"),
+        (("--busy-watt", "nan"), "--busy-watt"),
+        (("--tokens-per-step", "nan"), "--tokens-per-step"),
+        (("--positions", "66"), "--positions"),
+    ],
+)
+def test_impossible_numbers_are_refused_before_anybody_is_asked(words, said, tmp_path):
+    run = CliRunner().invoke(
+        cli.app, ["plan", "--cloud", "127.0.0.1:9", "--cache-dir", str(tmp_path), *words]
+    )
+    assert run.exit_code != 0 and isinstance(run.exception, SystemExit)
+    assert said in " ".join(run.output.replace("│", " ").split())
 
 
 # --- measuring ------------------------------------------------------------------------------------------
@@ -333,11 +392,24 @@ def test_this_side_is_timed_for_a_family(family):
 
 
 def test_a_rate_is_told_from_noise():
-    assert measure_cloud.rate_of(1_000_000, 0.1, 0.2) == pytest.approx(80e6)
-    assert measure_cloud.rate_of(-1_000_000, -0.1, 0.2) == pytest.approx(80e6)
-    assert measure_cloud.rate_of(1_000_000, 0.01, 0.2) is None  # a twentieth of what was timed
-    assert measure_cloud.rate_of(1_000_000, -0.1, 0.2) is None  # more bytes in less time
-    assert measure_cloud.rate_of(1000, 0.001, 0.002) is None
+    slow, fast = [0.21, 0.2, 0.19, 0.2, 0.22], [0.1, 0.1, 0.11, 0.1, 0.09]
+    assert measure_cloud.rate_of(1_000_000, slow, fast) == pytest.approx(80e6)
+    assert measure_cloud.rate_of(-1_000_000, fast, slow) == pytest.approx(80e6)
+    assert measure_cloud.rate_of(1_000_000, fast, slow) is None  # more bytes in less time
+    assert measure_cloud.rate_of(-1_000_000, slow, fast) is None
+    assert measure_cloud.rate_of(0, slow, fast) is None
+    assert measure_cloud.rate_of(1_000_000, [t + 0.01 for t in fast], fast) is None  # a tenth
+    assert measure_cloud.rate_of(1000, [0.002], [0.001]) is None  # too short to tell
+    assert measure_cloud.rate_of(2_500_000, [5.0], [3.0]) == pytest.approx(10e6)  # each taken once
+    # One step of each kind may have been disturbed, and no more.
+    assert measure_cloud.rate_of(1_000_000, [*slow[:4], 0.05], [*fast[:4], 0.9]) is not None
+    assert measure_cloud.rate_of(1_000_000, [*slow[:3], 0.05, 0.05], fast) is None
+
+
+def test_a_machine_that_slows_down_is_no_rate():
+    before, between, after = [0.1] * 5, [0.15] * 5, [0.3] * 5
+    assert measure_cloud.rate_of(1_000_000, before + after, between) is None
+    assert measure_cloud.rate_of(-1_000_000, before + after, between) is None
 
 
 def test_a_line_never_falls():

@@ -1,5 +1,6 @@
 """A cloud that is lost in the middle of an answer: resumed or replayed, the answer is the undisturbed one."""
 
+import asyncio
 import gc
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ import grpc
 import pytest
 import torch
 
+import edge_client.session
 from edge_client.connection import Connection
 from edge_client.drafting import Drafter
 from edge_client.model import PrivateLoraForCausalLM
@@ -20,7 +22,7 @@ from edge_client.personal import PersonalWeights
 from edge_client.routes import Route
 from edge_client.session import Session
 from edge_client.spans import Span
-from edge_client.streams import SessionError
+from edge_client.streams import SessionError, failure
 from shared.adapter import Adapter
 from shared.fingerprint import Fingerprint
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -154,11 +156,12 @@ def test_a_drained_cloud_sends_its_edges_on(fleet, at_hand, way):
     said: list[str] = []
     model = at_hand(one, say=said.append)
     expected = run(model, **WAYS[way])
-    begun = one.steps
+    begun, leaving = one.steps, []
 
     def leave(number: int) -> None:
         if number == begun + 5:
-            fleet.loop.create_task(one.service.drain.run(one.service, one.config.drain_timeout_s))
+            drain = one.service.drain.run(one.service, one.config.drain_timeout_s)
+            leaving.append(fleet.loop.create_task(drain))
 
     one.before_step = leave
     assert torch.equal(run(model, **WAYS[way]), expected)
@@ -168,6 +171,39 @@ def test_a_drained_cloud_sends_its_edges_on(fleet, at_hand, way):
         raise_of(one)
     assert refusal.value.code is grpc.StatusCode.UNAVAILABLE
     assert refusal.value.retry_after_s == 1.0 and refusal.value.successor == two.address
+    fleet.call(asyncio.wait(leaving))
+
+
+def test_an_edge_that_did_not_hear_where_to_go_is_told_when_it_comes_back(fleet, at_hand, monkeypatch):
+    """What gRPC's client makes of a status that comes while it sends says nothing of a successor."""
+    two = fleet.replica()
+    one = fleet.replica(successor=two.address)
+    said: list[str] = []
+    model = at_hand(one, say=said.append, timeouts=replace(PATIENCE, recover_s=5.0))
+    expected = run(model)
+    begun, unheard, leaving = one.steps, [], []
+
+    async def lose_the_first(call: Any) -> SessionError:
+        error = await failure(call)
+        if unheard:
+            return error
+        unheard.append(error)
+        return SessionError("the stream ended while a message was being sent", grpc.StatusCode.INTERNAL)
+
+    async def leave() -> None:
+        await one.service.drain.run(one.service, one.config.drain_timeout_s)
+        await one.die()
+
+    def drain(number: int) -> None:
+        if number == begun + 5:
+            leaving.append(fleet.loop.create_task(leave()))
+
+    one.before_step = drain
+    monkeypatch.setattr(edge_client.session, "failure", lose_the_first)
+    assert torch.equal(run(model), expected)
+    assert unheard[0].successor == two.address and two.opened == 1
+    assert len(said) == 1 and "being sent" in said[0], said
+    fleet.call(asyncio.wait(leaving))
 
 
 def test_a_redirect_to_a_foreign_address_is_not_followed(fleet, at_hand):

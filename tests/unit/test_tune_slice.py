@@ -1,6 +1,8 @@
 """A slice of tuning: pieces side by side give the bits that they give in turn, and keep their order."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -154,6 +156,40 @@ def test_what_a_unit_raises_reaches_who_runs_the_slice(
     with pytest.raises(IndexError, match="broken"):
         slice_of(batch, pool, is_wanted=lambda: False).run()
     assert failed.is_set() and torch.get_num_threads() == 3
+
+
+def test_what_a_unit_raised_is_gone_when_it_was_dealt_with(
+    backbone: Backbone, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its frames hold what the unit computed with; a collector may come late, to a cloud that is idle."""
+    batch, run = batch_of(backbone, 2), TuneBatch.run
+    caller, failed, began = threading.current_thread(), threading.Event(), False
+
+    class Broken(Exception):  # the built-in ones know no weak references
+        pass
+
+    def fail(self: TuneBatch, piece: Piece) -> None:
+        nonlocal began
+        if threading.current_thread() is not caller:
+            failed.set()
+            raise Broken
+        if began:
+            failed.wait(HANG_S)
+        else:  # without it there is nothing for a second thread to do
+            began = True
+            run(self, piece)
+
+    monkeypatch.setattr(TuneBatch, "run", fail)
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as others:
+            slice_of(batch, others, is_wanted=lambda: False).run()
+        pytest.fail("the other thread's error got lost")
+    except Broken as error:
+        left = weakref.ref(error)
+    finally:
+        gc.enable()
+    assert left() is None
 
 
 def test_where_no_thread_can_be_started_nothing_runs_on_behind_the_batch(

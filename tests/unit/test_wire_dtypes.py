@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from edge_client.planning.candidates import LEAN
 from edge_client.wire_cost import wire_cost
 from shared import wire
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -68,6 +69,7 @@ PLANS = {
     "demo": Plan.subset(**LARGE),
     "one-trip": Plan.one_trip((), lora_rank=0, **LARGE),
     "one-trip-shared": Plan.one_trip((), lora_rank=0, share_residual_codes=4, **LARGE),
+    "one-trip-lean": Plan.one_trip((), lora_rank=0, **LEAN, **LARGE),
 }
 KINDS = [  # of hidden states, codes and residual codes
     ("float32",) * 3, ("bfloat16",) * 3, ("int8",) * 3, ("int8", "bfloat16", "int8"),
@@ -113,7 +115,7 @@ def test_the_cost_is_what_messages_take(plan: Plan, names: tuple[str, str, str])
 
 
 @pytest.mark.parametrize("names", KINDS, ids=str)
-@pytest.mark.parametrize("name", ["demo", "one-trip", "one-trip-shared"])
+@pytest.mark.parametrize("name", ["demo", "one-trip", "one-trip-shared", "one-trip-lean"])
 def test_the_cost_is_the_readmes_formula(name: str, names: tuple[str, str, str]) -> None:
     (hidden, codes, residual), plan, dtypes = names, PLANS[name], WireDtypes.named("float32", *names)
     extra = {"int8": 4 * plan.groups + 2, "int4": 2 * plan.groups + 2}
@@ -127,14 +129,15 @@ def test_the_cost_is_the_readmes_formula(name: str, names: tuple[str, str, str])
 
 
 def test_the_readmes_table() -> None:
-    """Bytes of a token under the plan of one trip, with 26, 13, 7 and 2 residual codes up."""
+    """Bytes of a token under the plan of one trip, with 26, 13, 7 and 2 residual codes up; and lean."""
     kinds = [("bfloat16", None), ("int8", None), ("int8", "int4")]
     plans = [Plan.one_trip((), lora_rank=0, share_residual_codes=n, **LARGE) for n in (1, 2, 4, 13)]
-    assert [len(plan.owners) for plan in plans] == [26, 13, 7, 2]
+    plans.append(PLANS["one-trip-lean"])
+    assert [len(plan.owners) for plan in plans] == [26, 13, 7, 2, 7]
     dtypes = [WireDtypes.named(one, residual_codes=residual) for one, residual in kinds]
     costs = [[wire_cost(plan, each) for plan in plans] for each in dtypes]
     assert [[cost.up + cost.down for cost in row] for row in costs] == [
-        [12_810, 7_584, 5_172, 3_162],
-        [7_042, 4_130, 2_786, 1_666],
-        [4_312, 2_765, 2_051, 1_456],
+        [12_810, 7_584, 5_172, 3_162, 3_373],
+        [7_042, 4_130, 2_786, 1_666, 1_806],
+        [4_312, 2_765, 2_051, 1_456, 1_568],
     ]
