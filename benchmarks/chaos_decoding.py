@@ -193,6 +193,10 @@ class Decoding:
         """Return what every edge has done."""
         return [edge.report() for edge in self.edges]
 
+    def noted(self, since: float) -> list[dict[str, Any]]:
+        """Return what every edge has noted of its steps that ended since then (monotonic seconds)."""
+        return [edge.logs.since(since) for edge in self.edges]
+
     def close(self) -> dict[str, Any]:
         """Close every session and connection, in order."""
         for group in self.groups:
@@ -208,7 +212,7 @@ def main() -> None:
     torch.set_num_threads(1)
     watch()
     decoding = Decoding(given)
-    names = ("prompts", "adapters", "expect", "once", "begin", "stop", "report", "close")
+    names = ("prompts", "adapters", "expect", "once", "begin", "stop", "report", "noted", "close")
     answering({name: getattr(decoding, name) for name in names})
 
 

@@ -21,7 +21,7 @@ RTT_SLACK_MS = 1.0  # beside the share: two kernels and two processes answer, no
 TOLERANCE = 0.10  # share of the nominal round trip and rates; TCP/IP headers are 3.5 % of a full packet
 WARM_UP_S, WARM_UP_ROUND_TRIPS = (
     0.5,
-    20,
+    40,
 )  # until TCP has found the rate, lost packets on the way and recovered
 PROBE = (sys.executable, "-m", "benchmarks.link_probe")
 PROBE_TIMEOUT_S = 60.0

@@ -32,12 +32,25 @@ class StepLog:
         """Return all."""
         return list(zip(self._times[::2], self._times[1::2], strict=True))
 
+    def since(self, moment: float) -> list[Interval]:
+        """Return those that ended then or later, while others may be noted."""
+        times, found = self._times, list[Interval]()
+        for place in range(len(times) // 2 - 1, -1, -1):
+            if times[2 * place + 1] < moment:
+                break
+            found.append((times[2 * place], times[2 * place + 1]))
+        return found[::-1]
+
 
 class StepLogs:
     """The three logs of one edge."""
 
     def __init__(self) -> None:
         self.attempts, self.wholes, self.recoveries = StepLog(), StepLog(), StepLog()
+
+    def since(self, moment: float) -> dict[str, list[Interval]]:
+        """Return by log what ended then or later."""
+        return {name: getattr(self, name).since(moment) for name in ("attempts", "wholes", "recoveries")}
 
 
 _of_thread = threading.local()

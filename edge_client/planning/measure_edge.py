@@ -5,9 +5,11 @@ since; so a block of memory is read between two timings. Medians: of few repetit
 many where one that another process interrupts would count.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ LEAST, MOST, ENOUGH_S = 5, 25, 0.1  # repetitions, and the time after which the 
 LOOP_TOKENS = 24
 LAYERS = 2  # that are timed together, as they would run
 MOST_BYTES = 1 << 30  # of random weights held for a timing; a larger head is timed in part
-CACHE_BYTES = 16 << 20  # read between two timings: more than the caches of one core
+LEAST_CACHE_BYTES, MOST_CACHE_BYTES = 16 << 20, 1 << 30  # believed of a processor's largest cache
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # Linux tells sizes here, as "32768K"
 NOBODY = Fingerprint(bytes(32), bytes(32), bytes(32), bytes(32))
 
 
@@ -60,9 +63,25 @@ def measure_edge(
         )
 
 
+def cache_bytes(caches: Path = CACHES) -> int:
+    """Return how much to read between two timings: as much as the largest cache, which others share.
+
+    Parameters
+    ----------
+    caches
+        Linux's folder of one core's caches; where there is none, the least that is believed is returned.
+    """
+    sizes = [LEAST_CACHE_BYTES]
+    for file in caches.glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KM]?)", file.read_text().strip())
+        if found is not None:
+            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]])
+    return min(max(sizes), MOST_CACHE_BYTES)
+
+
 def _line(run: Callable[[int], object], device: torch.device) -> Line:
     """Time ``run`` with one position and with `POSITIONS`."""
-    cold = torch.ones(CACHE_BYTES // 4)
+    cold = torch.ones(cache_bytes() // 4)
 
     def seconds(positions: int) -> float:
         taken: list[float] = []
@@ -125,7 +144,7 @@ class Echo:
 
     def __init__(self) -> None:
         self.taken_s = 0.0
-        self._cold = torch.ones(CACHE_BYTES // 4)
+        self._cold = torch.ones(cache_bytes() // 4)
 
     def step(self, hidden: Tensor, spans: Sequence[Span], parents: Sequence[int] | None = None) -> Tensor:
         """Return the kept positions as they came."""

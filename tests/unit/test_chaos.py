@@ -15,6 +15,7 @@ from benchmarks.chaos_events import CUTS, KINDS, Event, schedule
 from benchmarks.chaos_link import LEAST_BYTES, Aim, Gate
 from benchmarks.chaos_record import Steps, event_row, event_rows, failures, kinds, table
 from benchmarks.memory_watch import Life
+from benchmarks.step_log import StepLogs
 
 WAIT_S = 300.0  # only what hangs takes as long, however slow the machine
 
@@ -355,3 +356,16 @@ def test_whatever_does_not_hold_is_said(change, words: str) -> None:
     change(record)
     found = failures(record)
     assert len(found) == 1 and words in found[0]
+
+
+def test_notes_since_a_moment_are_those_that_ended_then_or_later() -> None:
+    logs = StepLogs()
+    for began, ended in ((1.0, 2.0), (2.5, 3.0), (2.0, 4.0), (5.0, 6.0)):
+        logs.attempts.note(began, ended)
+    assert logs.since(3.0) == {
+        "attempts": [(2.5, 3.0), (2.0, 4.0), (5.0, 6.0)],
+        "wholes": [],
+        "recoveries": [],
+    }
+    assert logs.since(7.0)["attempts"] == []
+    assert logs.since(0.0)["attempts"] == logs.attempts.intervals()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -442,3 +443,13 @@ def test_wrong_settings_are_named_before_anything_is_measured(words, message, tm
     monkeypatch.setenv("PRIVATELORA_CONFIG_DIR", str(tmp_path))
     result = CliRunner().invoke(cli.app, ["plan", *words])
     assert result.exit_code == 2 and message in result.stderr
+
+
+def test_as_much_is_read_between_two_timings_as_the_largest_cache_has(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "1024K", "266240K", "nonsense")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert measure_edge.cache_bytes(tmp_path) == 260 << 20
+    (tmp_path / "index2" / "size").write_text("9999M\n")
+    assert measure_edge.cache_bytes(tmp_path) == measure_edge.MOST_CACHE_BYTES, "more is not believed"
+    assert measure_edge.cache_bytes(tmp_path / "none") == measure_edge.LEAST_CACHE_BYTES
