@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cloud_server.attention import Asked, Attends, attend_one, visible
 from cloud_server.lean import Call, LeanLayer, Rotary, UnknownStructureError, fused_norm
+from shared import hf_names
 from shared.families import UnsupportedModelError
 from shared.few_rows import product
 
@@ -232,7 +233,7 @@ def _arguments(rotary: Rotary, batch: Attends) -> dict[str, Any]:
     return {
         "position_embeddings": (rotary.cos, rotary.sin),
         "attention_mask": None,
-        "past_key_values": None,
+        hf_names.CACHE: None,
         "batch": batch,
     }
 

@@ -32,6 +32,13 @@ class ContextLengthError(ValueError):
         )
 
 
+def expect_cloud_cache(given: object) -> "CloudCache":
+    """Return a caller's cache, or raise TypeError if it is another kind."""
+    if not isinstance(given, CloudCache):
+        raise TypeError(f"past_key_values must be a CloudCache (or None), got {type(given).__name__}")
+    return given
+
+
 @dataclass(frozen=True)
 class Row:
     """One row as transformers sees it.
@@ -117,6 +124,11 @@ class CloudCache(Cache):
     def is_croppable(self) -> bool:
         """Whether columns can be taken back: always."""
         return True
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer is recurrent: none is; without layers, `generate` would take all to be."""
+        return [False]
 
     @property
     def is_initialized(self) -> bool:

@@ -107,7 +107,7 @@ class Drafter:
         Raises
         ------
         ValueError
-            Where transformers cannot check any: several beams, or another kind of drafting.
+            Where transformers cannot check any: several beams, no cache, or another kind of drafting.
         """
         beams = given.get("num_beams", defaults.num_beams) or 1
         if beams > 1:
@@ -116,6 +116,10 @@ class Drafter:
             )
         if given.get("assistant_model") is not None or given.get("prompt_lookup_num_tokens") is not None:
             raise ValueError("give a drafter, or transformers' own way of drafting, not both")
+        if given.get("use_cache", defaults.use_cache) is False:
+            raise ValueError(
+                "drafting takes rejected tokens back from the cache: use_cache=False leaves none"
+            )
         return {"prompt_lookup_num_tokens": self.max_tokens}  # selects the loop; nothing else reads it
 
     def decode(

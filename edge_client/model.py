@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from edge_client import claims
 from edge_client.claims import Claim
-from edge_client.cloud_cache import CloudCache, ContextLengthError
+from edge_client.cloud_cache import CloudCache, ContextLengthError, expect_cloud_cache
 from edge_client.connection import Connection
 from edge_client.drafting import Draft
 from edge_client.first_codes import FirstCodes
@@ -32,6 +32,7 @@ from edge_client.shared_head import SharedHead
 from edge_client.shell import Shell
 from edge_client.streams import Traffic
 from edge_client.tokenizer import EdgeTokenizer
+from shared import hf_names
 from shared.adapter import Adapter
 from shared.pb.privatelora.v1.private_lora_pb2 import DTYPE_FLOAT32
 from shared.wire_dtypes import WireDtypes
@@ -162,6 +163,7 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: CloudCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Run new tokens and return logits, as the base model's own forward does.
@@ -183,6 +185,8 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             ``(batch, columns)``, -100 is ignored; gives ``loss``.
         logits_to_keep
             Logits of the last n columns, 0 is all; or a tensor of columns.
+        cache
+            Another name of ``past_key_values``: transformers 5.24 renamed it.
 
         Raises
         ------
@@ -199,9 +203,10 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             raise ValueError("attentions and hidden states of the layers stay in the cloud")
         check_ids(input_ids, self.config.vocab_size)
         batch, width = input_ids.shape
-        cache = past_key_values if past_key_values is not None else self.new_cache()
-        if not isinstance(cache, CloudCache):
-            raise TypeError(f"past_key_values must be a CloudCache (or None), got {type(cache).__name__}")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are one argument under two names: give one of them")
+        given = cache if cache is not None else past_key_values
+        cache = self.new_cache() if given is None else expect_cloud_cache(given)
         columns = new_columns(attention_mask, batch, width, cache.get_seq_length())
         check_positions(position_ids, columns, width)
 
@@ -223,9 +228,8 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             size = self.config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
         wants_cache = self.config.use_cache if use_cache is None else use_cache
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache if wants_cache else None
-        )
+        held: dict[str, Any] = {hf_names.CACHE: cache if wants_cache else None}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **held)
         return output if return_dict is not False else output.to_tuple()
 
     def _embed(self, tokens: list[int]) -> Tensor:
@@ -297,12 +301,13 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         if (drafter := kwargs.pop("drafter", None)) is not None:
             kwargs |= drafter.options(kwargs.get("generation_config") or self.generation_config, kwargs)
         self._thread.drafter = drafter
-        given = kwargs.get("past_key_values")
+        given = kwargs.get(hf_names.CACHE, kwargs.get(hf_names.OLD_CACHE))
         if isinstance(given, CloudCache) and given.is_stale:
             given.detach()  # made under another adapter: run its tokens again under this one
+        hf: Any = super()  # typed for some of its own models only, and not alike in every version
         try:
             with claims.answering():
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+                return hf.generate(*args, **kwargs)
         except BaseException:
             # The traceback would keep the cache, and with it the session, for as long as it lives.
             cache = getattr(self._thread, "cache", None)
@@ -334,12 +339,10 @@ class PrivateLoraForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
     ) -> None:
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         claims.state(Claim(rows, min(generation_config.max_length, self.limits.max_context_tokens)))
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(hf_names.CACHE)
         if given is not None:
-            if not isinstance(given, CloudCache):
-                raise TypeError(f"past_key_values must be a CloudCache (or None), got {type(given).__name__}")
-            given._is_user_defined = True  # type: ignore[attr-defined]
+            expect_cloud_cache(given)._is_user_defined = True  # type: ignore[attr-defined]
         elif generation_config.cache_implementation is not None:
             raise ValueError("cache_implementation cannot be chosen: the cache is in the cloud")
         elif generation_config.use_cache is not False:
-            self._thread.cache = model_kwargs["past_key_values"] = self.new_cache()
+            self._thread.cache = model_kwargs[hf_names.CACHE] = self.new_cache()

@@ -19,6 +19,7 @@ from edge_client.hollow import hollow
 from edge_client.part_tensors import read_layer
 from edge_client.precision import check_factor, fitted
 from edge_client.resident_cache import RowCache
+from shared import hf_names
 from shared.edge_parts import EdgePartsError
 from shared.families import geometry, layer_types, rope_parameters
 from shared.plan import Plan
@@ -168,8 +169,9 @@ class Resident:
         rotary = self._rotary(torch.arange(start, start + count, device=self.device), x)
         for place in places:
             mask = self._mask(count, start, self.windows[place])
+            held = {hf_names.CACHE: cache}
             x = self.layers[place](
-                x, position_embeddings=rotary[self.kinds[place]], attention_mask=mask, past_key_values=cache
+                x, position_embeddings=rotary[self.kinds[place]], attention_mask=mask, **held
             )
         cache.length = start + count
         out: Tensor = x[0].to(device=hidden.device, dtype=hidden.dtype)

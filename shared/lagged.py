@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shared import hf_names
 from shared.lowrank import LowRank
 from shared.plan import Plan, Target
 from shared.reference import Matrices, Reference
@@ -104,7 +105,7 @@ class Lagged(Reference):
         """Note where each sequence of the forward that begins has its positions."""
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
-        cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        cache, positions = kwargs.get(hf_names.CACHE), kwargs.get("position_ids")
         if given is None or (cache is not None and cache.get_seq_length()):
             raise ValueError("lagged residuals are made for whole sequences: use_cache=False")
         tokens = given.shape[1]

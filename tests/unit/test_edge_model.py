@@ -294,6 +294,10 @@ def test_returned_cache_can_be_continued_copied_and_cropped(whole):
         cache.crop(-500)
     out = edge(first.sequences[:, -1:], past_key_values=cache, use_cache=True)
     assert out.past_key_values is cache
+    out = edge(PROMPT[:, :1], cache=cache, use_cache=True)  # the name since transformers 5.24
+    assert out.past_key_values is cache and cache.rows[0].tokens[-1] == PROMPT[0, 0]
+    with pytest.raises(ValueError, match="two names"):
+        edge(PROMPT[:, :1], cache=cache, past_key_values=cache)
 
 
 def test_new_adapter_forgets_what_sessions_hold(whole):
