@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList
 from benchmarks.replay import Forced, Replay, StepWatch
 from edge_client.drafting import Drafter
 from edge_client.model import PrivateLoraForCausalLM
+from edge_client.session import Session
 from edge_client.streams import Traffic
 from shared.models import resolve
 from shared.pb.privatelora.v1 import private_lora_pb2 as pb
@@ -130,6 +131,14 @@ class Answering:
             stated.limits.max_step_tokens, stated.limits.max_steps_in_flight = chunk, in_flight
             return stated
 
+        def open_session(*given: Any) -> Session:
+            personal, message, dtypes, limits, address = given[:5]
+            opened: Session = type(connection).open_session(
+                connection, personal, message, dtypes, limits, address, chunk
+            )
+            return opened
+
+        connection.open_session = open_session
         connection.described = described  # sessions take their limits from what is stated as they open
         self.model.set_adapter(self.model.adapter)  # closes the sessions there are
         return {}

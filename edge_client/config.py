@@ -98,6 +98,12 @@ class EdgeConfig(BaseSettings):
     seed: int | None = Field(
         default=None, ge=0, lt=1 << 63, description="Seed of the sampling (no unit); random if absent"
     )
+    prefill_chunk_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 16,
+        description="Most tokens of a prompt in one step (count); if absent 256 in one-trip plans, else 512",
+    )
     draft_tokens: int = Field(
         default=DEFAULT_DRAFT_TOKENS,
         ge=0,

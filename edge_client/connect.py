@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from edge_client import part_settings, part_tensors, parts, trust
+from edge_client import chunking, part_settings, part_tensors, parts, trust
 from edge_client.connection import Connection, Timeouts
 from edge_client.credentials import Credentials
 from edge_client.first_codes import FirstCodes
@@ -36,6 +36,7 @@ def open_model(
     hidden_wire_dtype: str | None = None,
     codes_wire_dtype: str | None = None,
     residual_codes_wire_dtype: str | None = None,
+    prefill_chunk_tokens: int | None = None,
     fingerprint: str | None = None,
     accept_new_fingerprint: bool = False,
     cache_dir: Path | None = None,
@@ -52,6 +53,8 @@ def open_model(
     ----------
     hidden_wire_dtype, codes_wire_dtype, residual_codes_wire_dtype
         What hidden states (both ways), codes and residual codes travel as; None is ``wire_dtype``.
+    prefill_chunk_tokens
+        Most positions of a prompt in one step (count); None is `edge_client.chunking`'s.
     fingerprint
         Root of the expected fingerprint in hex, from a source you trust.
     accept_new_fingerprint
@@ -117,7 +120,8 @@ def open_model(
             address = connection.target  # read once: another thread's recovery may move on at any time
             limits = offer.same_at(address, connection.described(address), personal.plan)
             message = fingerprint_message(offer.plans[personal.plan.name][1])
-            session = connection.open_session(personal, message, on_wire, limits, address)
+            chunk = prefill_chunk_tokens or chunking.prefill_chunk_tokens(personal.plan)
+            session = connection.open_session(personal, message, on_wire, limits, address, chunk)
             return session if layers is None else ResidentSession(session, layers)
 
         def pick_up(session: SessionLike) -> Resumed:

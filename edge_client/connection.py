@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from edge_client import claims
 from edge_client.affinity import shown
+from edge_client.chunking import CHUNK_TOKENS
 from edge_client.config import DEFAULT_RECOVER_S
 from edge_client.credentials import Credentials
 from edge_client.describing import CloudConnectionError, Describing
@@ -153,6 +154,7 @@ class Connection:
         wire_dtypes: WireDtypes,
         limits: pb.Limits,
         address: str | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> Session:
         """Open a session for one set of personal weights.
 
@@ -168,6 +170,8 @@ class Connection:
             What the cloud stated.
         address
             Where; None is the one in use.
+        chunk_tokens
+            Most positions in one message (count).
 
         Raises
         ------
@@ -185,8 +189,9 @@ class Connection:
         async def start() -> Session:
             async with self._routes.use(address or self.target) as route:
                 call = self._decode(route)
+                waits_s, forget = self.timeouts.step_s, self._forget
                 session = Session(
-                    call, self._loop, personal, wire_dtypes, limits, self.timeouts.step_s, self._forget
+                    call, self._loop, personal, wire_dtypes, limits, waits_s, forget, chunk_tokens
                 )
                 session.address, session.route = route.address, route
                 await session.open(request)

@@ -35,6 +35,7 @@ def opened(settings: EdgeConfig, adapter: Path | None) -> PrivateLoraForCausalLM
         hidden_wire_dtype=settings.hidden_wire_dtype,
         codes_wire_dtype=settings.codes_wire_dtype,
         residual_codes_wire_dtype=settings.residual_codes_wire_dtype,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
         progress=True,
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edge_client import claims
 from edge_client.affinity import replica_in
+from edge_client.chunking import CHUNK_TOKENS
 from edge_client.claims import Claim
 from edge_client.in_flight import Chunk, InFlight, Job
 from edge_client.personal import PersonalWeights
@@ -53,7 +54,7 @@ class Session:
         limits: pb.Limits,
         step_timeout_s: float,
         on_close: Callable[["Session"], object],
-        chunk_tokens: int = 512,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self.personal, self.plan, self.wire_dtypes = personal, personal.plan, wire_dtypes
         self._groups = self.plan.groups

@@ -12,6 +12,7 @@ packaged model), attention grows with the context, other sessions share the clou
 
 from pydantic import BaseModel, Field
 
+from edge_client.chunking import prefill_chunk_tokens
 from edge_client.planning.model_shape import EdgeCost, ModelShape, edge_cost
 from edge_client.planning.network import LinkFacts
 from edge_client.planning.speeds import FROZEN, CloudSpeed, Drafting, EdgeSpeed, Power
@@ -20,8 +21,6 @@ from edge_client.wire_cost import widest_row, wire_cost
 from shared.pb.privatelora.v1.private_lora_pb2 import DTYPE_FLOAT32
 from shared.plan import Plan
 from shared.wire_dtypes import WireDtypes
-
-CHUNK_TOKENS = 512  # what a session cuts a prompt into, at most
 
 
 class Setting(BaseModel):
@@ -147,7 +146,7 @@ def first_token_s(plan: Plan, setting: Setting) -> float:
 def chunk_tokens(plan: Plan, setting: Setting) -> int:
     """Return how many positions of a prompt travel in one step, as `edge_client.session` cuts it."""
     fits = MAX_TENSOR_BYTES // widest_row(plan, setting.wire, upfront=plan.first_codes_on_edge)
-    return max(1, min(CHUNK_TOKENS, setting.cloud.max_step_tokens, fits))
+    return max(1, min(prefill_chunk_tokens(plan), setting.cloud.max_step_tokens, fits))
 
 
 def predict(plan: Plan, setting: Setting, *, offered: bool = True) -> Prediction:

@@ -128,6 +128,19 @@ def test_tokens_are_those_of_the_merged_model(served: Served, plan: str) -> None
         assert drafted[0].tolist() == [*wanted[0].prompt, *wanted[0].tokens]
 
 
+def test_a_prompt_is_cut_as_the_user_says_and_means_the_same(served: Served) -> None:
+    traffic, tokens = [], []
+    for most in (None, 3):
+        with served.edge("trip-lean", prefill_chunk_tokens=most) as edge:
+            wanted = greedy(edge, prompts(1)[0], 6)
+            traffic.append(edge.traffic().round_trips)
+            tokens.append(wanted.tokens)
+    assert tokens[0] == tokens[1]
+    chunks = [-(-len(wanted.prompt) // most) for most in (STEP_TOKENS, 3)]
+    assert chunks[0] < chunks[1], "else nothing was cut"
+    assert traffic == [count + 5 for count in chunks]
+
+
 class Interrupt(StoppingCriteria):
     """Ctrl-C after some tokens."""
 

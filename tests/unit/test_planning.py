@@ -21,6 +21,7 @@ from edge_client.planning.network import LINKS, LinkFacts
 from edge_client.planning.predict import (
     Setting,
     UnknownSpeedError,
+    chunk_tokens,
     first_token_s,
     predict,
     step_bytes,
@@ -453,3 +454,7 @@ def test_as_much_is_read_between_two_timings_as_the_largest_cache_has(tmp_path: 
     (tmp_path / "index2" / "size").write_text("9999M\n")
     assert measure_edge.cache_bytes(tmp_path) == measure_edge.MOST_CACHE_BYTES, "more is not believed"
     assert measure_edge.cache_bytes(tmp_path / "none") == measure_edge.LEAST_CACHE_BYTES
+
+
+def test_a_prompt_is_cut_shorter_where_no_chunk_waits_for_answers():
+    assert (chunk_tokens(PER_LAYER, setting()), chunk_tokens(ONE_TRIP, setting())) == (512, 256)
