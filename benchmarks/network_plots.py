@@ -46,6 +46,12 @@ def speeds(rows: Iterable[Answered]) -> dict[str, list[Speed]]:
     return {name: sorted(points, key=lambda point: point.rtt_ms) for name, points in lines.items()}
 
 
+# Where a legend hides no point.
+BELOW: dict[str, Any] = {
+    "fontsize": "small", "loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2,
+}  # fmt: skip
+
+
 def plot_speed(lines: dict[str, list[Speed]], title: str, path: Path) -> None:
     """Draw tokens/s by round-trip time, a line for each plan."""
     figure, axis, close = _figure(1)
@@ -56,7 +62,7 @@ def plot_speed(lines: dict[str, list[Speed]], title: str, path: Path) -> None:
             axis[0].plot([p.rtt_ms for p in points], [p.tok_s for p in points], "o-", label=name)
     axis[0].set(xlabel="round-trip time (ms)", ylabel="tokens/s (log)", yscale="log", title=title)
     axis[0].grid(alpha=0.3, which="both")
-    axis[0].legend(fontsize="small")
+    axis[0].legend(**BELOW)
     close(figure, path)
 
 
@@ -122,7 +128,7 @@ def plot_quality(points: Sequence[Quality], path: Path) -> None:
             axis.errorbar([point.bytes_per_token / 1024], [share], yerr=reach, fmt="o", capsize=3, **style)
         axis.set(xlabel="KiB per decoded token, both ways", title=f"{task}, {own[0].rows} rows")
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize="small")
+        axis.legend(**BELOW)
     sizes = [point.bytes_per_token / 1024 for point in points if point.bytes_per_token]
     for axis in axes if sizes else ():
         axis.set_xscale("log", base=2)
@@ -139,7 +145,7 @@ def _figure(panels: int) -> tuple[Any, Any, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(1 + 5 * panels, 4.5), squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(1 + 5 * panels, 5.5), squeeze=False)
 
     def close(figure: Any, path: Path) -> None:
         figure.tight_layout()
