@@ -13,7 +13,7 @@ import torch
 from edge_client.model import PrivateLoraForCausalLM
 
 model = PrivateLoraForCausalLM.from_cloud(sys.argv[1])
-kept = model(torch.tensor([[5, 6, 7]])).past_key_values
+kept = model(torch.tensor([[5, 6, 7]]))  # and in it the cache
 sys.exit(3)
 """
 
